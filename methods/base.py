@@ -1,0 +1,141 @@
+"""What a method is: frozen settings and one context manager that changes a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from hardware.profile import Profile
+
+Capability = TypeVar("Capability")
+
+
+class Output(StrEnum):
+    """What a method promises about its output, compared with the baseline's."""
+
+    IDENTICAL = "identical"
+    SAME_DISTRIBUTION = "same-distribution"
+    APPROXIMATE = "approximate"
+
+
+Role = Literal["method", "baseline", "control", "peer"]
+StatePolicy = Literal["cold", "session", "hot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC, Generic[Capability]):
+    """A token-level method. The fields of a subclass are its hyper-parameters.
+
+    Class attributes:
+        output: What it promises, for greedy decoding where it makes a difference.
+        role: `method`; `baseline` is what speed-ups are taken against; `control` shows that a gain
+            is not free (random drafts); `peer` is somebody else's implementation.
+        capability: Name of the capability it takes and yields.
+        neutral: Settings at which it equals the baseline to the bit, for the conformance battery;
+            None if there are none.
+    """
+
+    output: ClassVar[Output]
+    role: ClassVar[Role] = "method"
+    capability: ClassVar[str]
+    neutral: ClassVar[Mapping[str, Any] | None] = None
+
+    @abstractmethod
+    def apply(
+        self, model: Capability, hardware: Profile
+    ) -> AbstractContextManager[Capability]:
+        """Yield an object of the same capability that runs the method; restore the model on exit.
+
+        Entered for every sample, outside the clock.
+
+        Raises:
+            models.base.Unsupported: The model lacks what the method needs; the message says what.
+        """
+
+    @property
+    def state_policy(self) -> StatePolicy:
+        """What happens to state between samples: `cold` (none is kept), `session` or `hot`."""
+        return "cold"
+
+    def reset_state(self) -> None:
+        """Forget what earlier samples left; the harness calls it after warm-up unless `hot`."""
+
+    def declared_output(self, temperature: float) -> Output:
+        """Return the promise at a temperature: identical text cannot be promised when sampling."""
+        if temperature > 0 and self.output is Output.IDENTICAL:
+            return Output.SAME_DISTRIBUTION
+        return self.output
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the hyper-parameters, JSON-able."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+
+PaperKind = Literal["method", "survey"]
+Bound = Literal["exact", "about", "up-to", "at-least", "at-most"]
+Confidence = Literal["certain", "uncertain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """The publication behind a method, from its `.toml`.
+
+    Attributes:
+        title: As first posted.
+        arxiv: Its id without a version, `2408.08696`; empty if it is not on arXiv.
+        year: Of the first posting; 0 if unknown.
+        venue: Where it was published since, empty if not known.
+        code: Address of the authors' repository, empty if none was released or found.
+        family: Kind of method, as in docs/catalogue.md.
+        task: What it is measured on here first.
+        kind: `survey` for a paper whose claims are statements about methods of others.
+    """
+
+    title: str
+    arxiv: str = ""
+    year: int = 0
+    venue: str = ""
+    code: str = ""
+    family: str = ""
+    task: str = ""
+    kind: PaperKind = "method"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One statement of a paper with its conditions, from a `[[claim]]` table.
+
+    Attributes:
+        id: As on the method's card, `TR-1`; one row of several numbers becomes `TR-5a`, `TR-5b`.
+        metric: What was measured.
+        value: As claimed, with its unit, in words if it is no single number.
+        number: The value as a number where there is one: ratios as factors (2.0 is twice), changes
+            with their sign.
+        bound: How the number is meant; `up-to` is the best case seen, `at-least` and `at-most` are
+            limits. None without a number.
+        unit: Of the number, `x` for a factor, `%`, `points`, ...; empty for a plain figure (FID).
+        baseline, model, task, hardware, conditions: What it was measured against and on; empty
+            where nothing is said.
+        where: Place in the paper or elsewhere; a third party is named.
+        confidence: `certain` or `uncertain`: how sure the reading is, not how likely the claim.
+        note: What is uncertain, or what must be known to judge the claim.
+    """
+
+    id: str
+    metric: str
+    value: str
+    number: float | None = None
+    bound: Bound | None = None
+    unit: str = ""
+    baseline: str = ""
+    model: str = ""
+    task: str = ""
+    hardware: str = ""
+    conditions: str = ""
+    where: str
+    confidence: Confidence = "certain"
+    note: str = ""

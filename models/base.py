@@ -1,0 +1,224 @@
+"""What a model can do: the capabilities that tasks call and methods change.
+
+A capability is a typed protocol. A task asks for one, a method takes and yields one, and neither
+knows which class stands behind it. Nothing here needs torch at import time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.draft_tree import DraftTree
+
+
+class Unsupported(Exception):
+    """A method, task or model cannot do what was asked; the message says why. An answer, no crash."""
+
+
+class InvalidOutput(Exception):
+    """A call returned something that cannot be a result: NaN logits, ids outside the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How text is to be continued.
+
+    Attributes:
+        max_new_tokens: Largest number of new tokens, at least 1.
+        stop: Strings that end the text; the text is cut before the first of them.
+        temperature: 0 takes the most likely token, above 0 samples.
+        seed: Seed of the sampling, unused at temperature 0.
+        ignore_eos: Go on past end-of-text and stop strings: the fixed-length scenario.
+    """
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0 <= self.temperature:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One run of the target model: `width` tokens fed while `context` tokens were cached."""
+
+    width: int
+    context: int
+
+
+@dataclass
+class Trace:
+    """What a call did, in countable terms. Filled in by the loop, read by the harness.
+
+    Attributes:
+        prefill: Forwards that read the prompt.
+        forwards: Target forwards after the prefill, in order.
+        accepted: Drafted tokens accepted by each of `forwards`.
+        draft_forwards: Forwards of a draft model.
+        flops: Floating-point operations of all forwards; a multiply-add counts two.
+        kv_bytes: Bytes of cached keys and values that the forwards read.
+        marks: End of each phase, in seconds of `time.perf_counter`. Only the harness turns them
+            into durations.
+        notes: What the method settled at run time (a calibrated tree size, a threshold).
+    """
+
+    prefill: list[Forward] = field(default_factory=list)
+    forwards: list[Forward] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    draft_forwards: int = 0
+    flops: float = 0.0
+    kv_bytes: int = 0
+    marks: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float | int | str] = field(default_factory=dict)
+
+    def mark(self, phase: str, synchronize: Callable[[], None] | None = None) -> None:
+        """Note that `phase` ends now; `synchronize` waits for the device first."""
+        if synchronize is not None:
+            synchronize()
+        self.marks[phase] = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Text that a model produced.
+
+    Attributes:
+        token_ids: The new tokens, trimmed by `models.stopping.Stopper`; their number is the count.
+        text: What they say, cut before a stop string.
+        finish: Why it ended: `eos`, `stop` or `length`.
+        trace: What was done to get there.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish: str
+    trace: Trace
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, with the special tokens that the model expects in front."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of `token_ids`, special tokens left out, spaces untouched."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelFacts:
+    """Sizes of a causal language model, for counting work.
+
+    Attributes:
+        vocab_size: Number of token ids.
+        num_layers: Decoder layers.
+        num_kv_heads: Key and value heads of a layer.
+        head_dim: Size of one head.
+        num_heads: Query heads of a layer.
+        matrix_parameters: Weights that each token is multiplied with (output head included, input
+            embedding not).
+        weight_bytes: Bytes that one forward reads of them.
+        kv_item_bytes: Bytes of one cached number.
+        max_positions: Longest context.
+        eos_ids: Ids that end a text.
+        dtype: Name of the weights' dtype, `float32` or the like.
+    """
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    matrix_parameters: int
+    weight_bytes: int
+    kv_item_bytes: int
+    max_positions: int
+    eos_ids: frozenset[int]
+    dtype: str
+
+    def flops(self, forward: Forward, logits: int | None = None, hidden_size: int = 0) -> float:
+        """Return the operations of one forward; a multiply-add counts two.
+
+        Args:
+            forward: Width and context.
+            logits: Positions run through the output head; all of them when None.
+            hidden_size: Width of the output head's input; needed when `logits` is given.
+        """
+        matrices = 2.0 * self.matrix_parameters * forward.width
+        if logits is not None:
+            matrices -= 2.0 * self.vocab_size * hidden_size * (forward.width - logits)
+        # Scores and weighted values: two products of head_dim per query head and attended token.
+        attended = forward.width * forward.context + forward.width * (forward.width + 1) / 2
+        return matrices + 4.0 * self.num_layers * self.num_heads * self.head_dim * attended
+
+    def kv_read(self, forward: Forward) -> int:
+        """Return the bytes of cached keys and values that one forward reads."""
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_item_bytes
+        return per_token * (forward.context + forward.width)
+
+
+@runtime_checkable
+class Session(Protocol):
+    """One text in progress: a cache of committed tokens and the forwards over it.
+
+    The last committed token is never in the cache: it is the root of the next tree.
+    """
+
+    length: int
+    capacity: int
+
+    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Tensor:
+        """Read tokens into the cache.
+
+        Returns:
+            Logits after the last token, (1, vocab), or after each with `all_logits`, (tokens, vocab);
+            float32.
+        """
+        ...
+
+    def verify(self, tree: DraftTree) -> Tensor:
+        """Run one forward over a tree; its keys and values wait behind the cache for `commit`.
+
+        Returns:
+            Logits after each node, (nodes, vocab), float32.
+        """
+        ...
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Keep the nodes of `path` (root first, ascending) and forget the others."""
+        ...
+
+
+@runtime_checkable
+class TextGenerator(Protocol):
+    """Continues a text, in one call or step by step."""
+
+    name: str
+    tokenizer: Tokenizer
+    facts: TextModelFacts
+
+    def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
+        """Continue `prompt_ids`."""
+        ...
+
+    def session(self, capacity: int) -> Session:
+        """Open a cache for at most `capacity` tokens, drafts included."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        ...

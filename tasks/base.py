@@ -1,0 +1,150 @@
+"""What a task is: items, the call that the clock sees, and a pure score of its stored output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from models.base import Trace
+
+Capability = TypeVar("Capability")
+
+MetricKind = Literal["binary", "mean", "pass@k", "corpus"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that a task reports.
+
+    Attributes:
+        name: As the field writes it, `pass@1`.
+        unit: `fraction`, `points`, `distance`, …
+        kind: How scores become a number and an interval: `binary` (Wilson, McNemar), `mean`
+            (paired bootstrap), `pass@k` (unbiased estimator over groups of samples of one
+            problem), `corpus` (the task's `aggregate`).
+        higher_is_better: Direction.
+        k: The k of pass@k.
+    """
+
+    name: str
+    unit: str
+    kind: MetricKind
+    higher_is_better: bool = True
+    k: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Where a task's data come from.
+
+    Attributes:
+        source: Hub id, package with version, or `generated`.
+        revision: Commit, file hash or generator version.
+        split: Part of the data.
+        license: SPDX id.
+    """
+
+    source: str
+    revision: str
+    split: str
+    license: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One unit of a task.
+
+    Attributes:
+        id: Stable and unique within the task.
+        fields: What the item holds (prompt, reference, …); JSON-able.
+        group: Id of the problem that this is one sample of; the item's own id by default.
+    """
+
+    id: str
+    fields: Mapping[str, Any]
+    group: str = ""
+
+
+class Result(Protocol):
+    """What a call returns: the text or file that is scored, its ids, and a trace.
+
+    `models.base.Generation` is one.
+    """
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def trace(self) -> Trace: ...
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """An output that cannot be scored, and why; never a zero by accident."""
+
+    reason: str
+
+
+Scores = Mapping[str, "float | Unscored"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC, Generic[Capability]):
+    """A standardized task: data, protocol and metrics, with a version and a content hash.
+
+    Fields of a subclass are the task's parameters. The first metric is the headline.
+    """
+
+    version: ClassVar[str]
+    data: ClassVar[Dataset]
+    needs: ClassVar[tuple[str, ...]] = ()  # what the machine must have: "sandbox", "extra:image"
+    capability: ClassVar[str]  # name of the model capability: "TextGenerator"
+    scale: ClassVar[Literal["embedded", "paper"]] = "paper"
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """Metrics, the headline first."""
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """Yield the items in their standard order, the same on every machine."""
+
+    @abstractmethod
+    def warmup_items(self) -> Iterator[Item]:
+        """Yield items that are never measured, for warm-up and calibration; at least 4."""
+
+    @abstractmethod
+    def call(self, model: Capability, item: Item, *, fixed_length: bool = False) -> Result:
+        """Run the model on an item: the only part that the clock sees.
+
+        `fixed_length` ignores natural stops, for the scenario of that name.
+        """
+
+    @abstractmethod
+    def score(self, item: Item, output: str) -> Scores:
+        """Score a stored output; runs again on old outputs, needs no model."""
+
+    def aggregate(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Turn per-item scores into the numbers of `corpus` metrics; none by default."""
+        return {}
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the settings that can change an answer, JSON-able."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+    def content_hash(self) -> str:
+        """Return a SHA-256 over version, parameters and every item."""
+        digest = hashlib.sha256(json.dumps([self.version, self.parameters()]).encode())
+        for item in self.items():
+            digest.update(json.dumps([item.id, item.group, dict(item.fields)], sort_keys=True).encode())
+        return digest.hexdigest()
+
+

@@ -1,0 +1,80 @@
+"""Tiny random models of real architectures, built from configs in code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from models.text import CausalLM, Kernels
+
+_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+_GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", _SIZES),
+    "qwen2": ("Qwen2ForCausalLM", _SIZES),
+    "mistral-sliding-window": ("MistralForCausalLM", {**_SIZES, "sliding_window": 8}),
+    "gemma": ("GemmaForCausalLM", _SIZES),
+    "gemma2": ("Gemma2ForCausalLM", {**_SIZES, "sliding_window": 8}),
+    "gpt2": ("GPT2LMHeadModel", _GPT2),
+}
+
+
+class NumberTokenizer:
+    """A tokenizer whose text is the ids themselves: `7 12 3`."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(f"{token} " for token in token_ids)
+
+
+@functools.cache
+def tiny_module(architecture: str, seed: int = 0, attention: str | None = None) -> Any:
+    """Return a seeded random model in float32, weights large enough for decided argmaxes."""
+    class_name, settings = ARCHITECTURES[architecture]
+    model_class = getattr(transformers, class_name)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    config = model_class.config_class(**settings, attn_implementation=attention)
+    module = model_class(config)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    torch.random.set_rng_state(state)
+    return module.eval()
+
+
+def tiny_model(
+    architecture: str = "llama", *, kernels: Kernels = "transformers", seed: int = 0
+) -> CausalLM:
+    """Return a capability object over `tiny_module`."""
+    module = tiny_module(architecture, seed)
+    return CausalLM(module, NumberTokenizer(), f"tiny-{architecture}", kernels=kernels)
