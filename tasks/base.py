@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from models.base import Trace
 
@@ -95,6 +95,13 @@ class Unscored:
 Scores = Mapping[str, "float | Unscored"]
 
 
+class Scored(NamedTuple):
+    """Scores of one output, and in words what happened to it (`timeout after 3 s, bubblewrap`)."""
+
+    scores: Scores
+    detail: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC, Generic[Capability]):
     """A standardized task: data, protocol and metrics, with a version and a content hash.
@@ -131,6 +138,10 @@ class Task(ABC, Generic[Capability]):
     @abstractmethod
     def score(self, item: Item, output: str) -> Scores:
         """Score a stored output; runs again on old outputs, needs no model."""
+
+    def score_with_detail(self, item: Item, output: str) -> Scored:
+        """Score a stored output and say what happened to it; tasks with something to say override."""
+        return Scored(self.score(item, output), "")
 
     def aggregate(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Turn per-item scores into the numbers of `corpus` metrics; none by default."""

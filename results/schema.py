@@ -1,0 +1,220 @@
+"""Tables and the view of the index. Names and columns are public: add, never rename."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Raised whenever tables change or the same samples would give other numbers; older indexes are
+# then rebuilt from the shards.
+INDEX_VERSION: Final = 1
+
+TABLES: Final[dict[str, dict[str, str]]] = {
+    "index_info": {"version": "BIGINT"},
+    "runs": {
+        "run_id": "VARCHAR",
+        "command": "VARCHAR",
+        "started": "VARCHAR",
+        "finished": "VARCHAR",
+        "status": "VARCHAR",
+        "git_commit": "VARCHAR",
+        "skipped": "JSON",
+    },
+    # Which cells answer a run, in the order of its plan; cells found in the cache included.
+    "run_cells": {
+        "run_id": "VARCHAR",
+        "place": "BIGINT",
+        "experiment_id": "VARCHAR",
+        "cell_id": "VARCHAR",
+    },
+    "environments": {"environment_id": "VARCHAR", "environment": "JSON"},
+    "experiments": {
+        "experiment_id": "VARCHAR",
+        "run_id": "VARCHAR",
+        "task": "VARCHAR",
+        "task_params": "JSON",
+        "task_version": "VARCHAR",
+        "task_hash": "VARCHAR",
+        "model": "VARCHAR",
+        "model_params": "JSON",
+        "model_hash": "VARCHAR",
+        "hardware": "VARCHAR",
+        "scenario": "VARCHAR",
+        "seed": "BIGINT",
+        "scale": "VARCHAR",
+        "margin": "DOUBLE",
+        "quality_margin": "DOUBLE",
+        "items": "BIGINT",
+        "repeats": "BIGINT",
+        "baseline": "VARCHAR",
+        "step_cost": "JSON",
+        "environment_id": "VARCHAR",
+        "facts": "JSON",
+        "created": "VARCHAR",
+        "manifest_sha256": "VARCHAR",  # NULL as long as the shard is not sealed
+    },
+    "cells": {
+        "cell_id": "VARCHAR",
+        "experiment_id": "VARCHAR",
+        "method": "VARCHAR",
+        "params": "JSON",
+        "family": "VARCHAR",
+        "role": "VARCHAR",
+        "declared_output": "VARCHAR",
+        "output_check": "VARCHAR",
+        "divergences": "JSON",
+        "status": "VARCHAR",
+        "error": "VARCHAR",
+        "log_tail": "VARCHAR",
+        "notes": "JSON",
+        "seconds": "JSON",
+        "finished": "VARCHAR",
+    },
+    "samples": {
+        "cell_id": "VARCHAR",
+        "item_id": "VARCHAR",
+        "repeat": "BIGINT",
+        "position": "BIGINT",
+        "seconds": "DOUBLE",
+        "device_seconds": "DOUBLE",
+        "cpu_seconds": "DOUBLE",
+        "prefill_seconds": "DOUBLE",
+        "output_tokens": "BIGINT",
+        "target_forwards": "BIGINT",
+        "draft_forwards": "BIGINT",
+        "accepted_tokens": "BIGINT",
+        "flops": "DOUBLE",
+        "kv_bytes": "BIGINT",
+        "peak_bytes": "BIGINT",
+        "energy_j": "DOUBLE",
+        "score": "DOUBLE",  # of the headline metric; NULL if it could not be scored
+        "output_digest": "VARCHAR",
+        "output": "VARCHAR",
+        "experiment_id": "VARCHAR",
+        "decode_tokens": "BIGINT",
+        "forward_tokens": "BIGINT",
+        "bound_seconds": "DOUBLE",
+    },
+    "scores": {
+        "experiment_id": "VARCHAR",
+        "cell_id": "VARCHAR",
+        "item_id": "VARCHAR",
+        "metric": "VARCHAR",
+        "value": "DOUBLE",
+        "unscored": "VARCHAR",
+        "detail": "VARCHAR",
+    },
+    # Every metric of every finished cell, with its paired difference from the baseline.
+    "metrics": {
+        "experiment_id": "VARCHAR",
+        "cell_id": "VARCHAR",
+        "metric": "VARCHAR",
+        "is_headline": "BOOLEAN",
+        "unit": "VARCHAR",
+        "kind": "VARCHAR",
+        "higher_is_better": "BOOLEAN",
+        "value": "DOUBLE",
+        "low": "DOUBLE",
+        "high": "DOUBLE",
+        "scored": "BIGINT",  # items with a score
+        "unscored": "BIGINT",
+        "baseline_value": "DOUBLE",
+        "difference": "DOUBLE",
+        "difference_low": "DOUBLE",
+        "difference_high": "DOUBLE",
+        "difference_low_99": "DOUBLE",
+        "difference_high_99": "DOUBLE",
+        "mcnemar_p": "DOUBLE",
+        "verdict": "VARCHAR",  # of the headline metric, the one with a margin
+        "smallest_difference": "DOUBLE",
+    },
+    # One row a cell; NULL where the cell did not end well or there is nothing to compare with.
+    "verdicts": {
+        "experiment_id": "VARCHAR",
+        "cell_id": "VARCHAR",
+        "items": "BIGINT",
+        "repeats": "BIGINT",
+        "output_tokens": "BIGINT",
+        "baseline_tokens": "BIGINT",
+        "seconds_per_item": "DOUBLE",
+        "tokens_per_second": "DOUBLE",
+        "tokens_per_forward": "DOUBLE",
+        "acceptance_rate": "DOUBLE",  # accepted over drafted tokens
+        "joules_per_token": "DOUBLE",
+        "overhead": "DOUBLE",  # decode seconds over the bound_seconds of the same forwards
+        "draft_share": "DOUBLE",  # of the decode seconds, what the target's forwards do not explain
+        "harness_share": "DOUBLE",  # of the cell's wall time, what was neither measured nor scored
+        "speedup": "DOUBLE",
+        "speedup_low": "DOUBLE",
+        "speedup_high": "DOUBLE",
+        "speedup_low_99": "DOUBLE",  # decides about FASTER
+        "speedup_high_99": "DOUBLE",  # decides about SLOWER
+        "speed_verdict": "VARCHAR",
+        "speedup_geomean": "DOUBLE",
+        "speedup_device": "DOUBLE",  # by the device's own clock
+        "speedup_bound": "DOUBLE",
+        "bound_ratio": "DOUBLE",  # speedup over speedup_bound
+        "step_cost_ratio": "DOUBLE",  # a forward's bound_seconds over that of the baseline's
+        "work_ratio": "DOUBLE",
+        "memory_ratio": "DOUBLE",
+        "smallest_speed_difference": "DOUBLE",
+    },
+    # As they stand on the papers' cards; `extra` keeps what has no column of its own.
+    "claims": {
+        "method": "VARCHAR",
+        "claim_id": "VARCHAR",
+        "metric": "VARCHAR",
+        "value": "VARCHAR",
+        "number": "DOUBLE",
+        "baseline": "VARCHAR",
+        "model": "VARCHAR",
+        "task": "VARCHAR",
+        "hardware": "VARCHAR",
+        "conditions": "VARCHAR",
+        "stated_in": "VARCHAR",
+        "confidence": "VARCHAR",
+        "extra": "JSON",
+    },
+}
+
+COMPARISON: Final = """
+CREATE VIEW comparison AS
+SELECT
+    e.run_id, e.task, e.model, e.hardware, e.scenario, e.seed, e.scale,
+    c.method, c.params, c.family, c.status, c.error,
+    m.metric,
+    m.value AS quality, m.low AS quality_low, m.high AS quality_high,
+    m.baseline_value AS baseline_quality,
+    m.difference AS quality_delta,
+    m.difference_low AS quality_delta_low, m.difference_high AS quality_delta_high,
+    m.verdict AS quality_verdict,
+    v.speedup, v.speedup_low, v.speedup_high, v.speed_verdict, v.speedup_bound,
+    v.seconds_per_item, v.tokens_per_second, v.tokens_per_forward,
+    v.work_ratio, v.memory_ratio,
+    c.output_check, v.items, v.repeats,
+    c.role, c.declared_output, c.experiment_id, c.cell_id, e.baseline AS baseline_cell_id,
+    v.output_tokens, v.baseline_tokens,
+    v.speedup_low_99, v.speedup_high_99,
+    m.difference_low_99 AS quality_delta_low_99, m.difference_high_99 AS quality_delta_high_99,
+    v.speedup_geomean, v.speedup_device, v.bound_ratio,
+    v.step_cost_ratio, v.overhead, v.draft_share, v.acceptance_rate, v.joules_per_token,
+    v.harness_share,
+    v.smallest_speed_difference, m.smallest_difference AS smallest_quality_difference,
+    m.mcnemar_p, m.unscored, m.unit AS quality_unit,
+    coalesce(c.notes ->> 'sandbox', e.facts ->> 'sandbox') AS sandbox,
+    e.margin, e.quality_margin, e.task_params, e.model_params, e.task_version,
+    e.environment_id, e.created, e.manifest_sha256 IS NOT NULL AS is_sealed
+FROM cells c
+JOIN experiments e USING (experiment_id)
+LEFT JOIN verdicts v USING (experiment_id, cell_id)
+LEFT JOIN metrics m
+    ON m.experiment_id = c.experiment_id AND m.cell_id = c.cell_id AND m.is_headline
+"""
+
+
+def statements() -> list[str]:
+    """Return the SQL that creates an empty index."""
+    tables = [
+        f"CREATE TABLE {table} ({', '.join(f'{name} {kind}' for name, kind in columns.items())})"
+        for table, columns in TABLES.items()
+    ]
+    return [*tables, f"INSERT INTO index_info VALUES ({INDEX_VERSION})", COMPARISON]

@@ -1,0 +1,453 @@
+"""The published numbers of an experiment, computed from its raw samples and scores.
+
+`ingest` writes them into the index and `verify` computes them again; there is no other place where
+a number of a table comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from results import statistics
+from results.records import CellRecord, ExperimentRecord, MetricRecord
+from results.statistics import Estimate, Floats, ItemTotals
+from results.store import StoreError
+
+# A task's own computation of its corpus metrics: scores by item and metric to numbers by metric.
+Aggregate = Callable[[Mapping[str, Mapping[str, float]]], Mapping[str, float]]
+
+_NUMBERS = (
+    "seconds",
+    "device_seconds",
+    "prefill_seconds",
+    "output_tokens",
+    "decode_tokens",
+    "target_forwards",
+    "forward_tokens",
+    "accepted_tokens",
+    "flops",
+    "peak_bytes",
+    "energy_j",
+    "bound_seconds",
+)
+
+
+class Summary(NamedTuple):
+    """Rows for the tables `verdicts` and `metrics`."""
+
+    verdicts: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Samples and scores of one cell, laid out by item.
+
+    Attributes:
+        numbers: Columns of the samples, each (items, repeats), NaN where absent.
+        digests: Output digests, the same shape, "" where absent.
+        scores: For each metric one value an item, NaN without a score.
+        unscored: For each metric, how many items were tried and could not be scored.
+    """
+
+    numbers: dict[str, Floats]
+    digests: NDArray[np.object_]
+    scores: dict[str, Floats]
+    unscored: dict[str, int]
+
+    def total(self, column: str) -> float | None:
+        """Return the sum over all samples, None if one of them lacks the value."""
+        values = self.numbers[column][self.measured]
+        return None if not values.size or np.isnan(values).any() else float(values.sum())
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """Which (item, repeat) were measured."""
+        return ~np.isnan(self.numbers["seconds"])
+
+    @property
+    def measured_items(self) -> NDArray[np.bool_]:
+        """Which items were measured at least once."""
+        return np.asarray(self.measured.any(axis=1))
+
+
+def summarize(
+    experiment: ExperimentRecord,
+    cells: Sequence[CellRecord],
+    samples: pa.Table,
+    scores: pa.Table,
+    aggregate: Aggregate | None = None,
+) -> Summary:
+    """Compute every published number of an experiment.
+
+    Cells that did not end `ok` get rows of None. Numbers that need a baseline are None where the
+    baseline did not end `ok`.
+
+    Args:
+        experiment: What was measured.
+        cells: The cells that have ended.
+        samples: As `Store.sample_table` returns them.
+        scores: As `Store.score_table` returns them.
+        aggregate: The task's `aggregate`; without it, corpus metrics are None.
+
+    Raises:
+        StoreError: A sample names an item or a repeat that the experiment does not have.
+    """
+    ended_well = {cell.cell_id for cell in cells if cell.status == "ok"}
+    data = _by_cell(experiment, ended_well, samples, scores)
+    baseline = data.get(experiment.baseline)
+    verdicts, metrics = [], []
+    for cell in cells:
+        identity = {"experiment_id": experiment.experiment_id, "cell_id": cell.cell_id}
+        found = data.get(cell.cell_id)
+        is_baseline = cell.cell_id == experiment.baseline
+        row = dict(identity)
+        if found is not None:
+            row |= _own_numbers(found) | {"harness_share": _harness_share(cell)}
+            if baseline is not None:
+                row |= _compared_numbers(experiment, found, baseline, is_baseline=is_baseline)
+        verdicts.append(row)
+        for place, metric in enumerate(experiment.metrics):
+            quality = _Quality(experiment, metric, aggregate, is_headline=place == 0)
+            reference = None if is_baseline else baseline
+            metrics.append(identity | quality.row(found, reference))
+    return Summary(verdicts, metrics)
+
+
+def _by_cell(
+    experiment: ExperimentRecord, wanted: set[str], samples: pa.Table, scores: pa.Table
+) -> dict[str, _Cell]:
+    """Lay samples and scores of the wanted cells out by item; cells without samples drop out."""
+    places = {item: place for place, item in enumerate(experiment.items)}
+    rows: dict[str, list[int]] = {cell_id: [] for cell_id in wanted}
+    cell_ids = samples["cell_id"].to_pylist()
+    for row, cell_id in enumerate(cell_ids):
+        if cell_id in rows:
+            rows[cell_id].append(row)
+    try:
+        items = np.array([places[item] for item in samples["item_id"].to_pylist()], dtype=int)
+        scored_items = [places[item] for item in scores["item_id"].to_pylist()]
+    except KeyError as error:
+        raise StoreError(
+            f"experiment {experiment.experiment_id!r} has no item {error}, but a sample or score "
+            "names it. Discard its shard and measure again."
+        ) from None
+    repeats = samples["repeat"].to_numpy()
+    if len(repeats) and not 0 <= repeats.min() <= repeats.max() < experiment.repeats:
+        raise StoreError(
+            f"experiment {experiment.experiment_id!r} has {experiment.repeats} repeats, but a "
+            f"sample names repeat {repeats.max()}, counted from 0. Discard its shard and measure "
+            "again."
+        )
+    columns = {
+        name: samples[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in _NUMBERS
+    }
+    digests = np.array(samples["output_digest"].to_pylist(), dtype=object)
+    shape = (len(experiment.items), experiment.repeats)
+    found = {}
+    for cell_id, chosen in rows.items():
+        if not chosen:
+            continue
+        place = (items[chosen], repeats[chosen])
+        numbers = {name: np.full(shape, np.nan) for name in _NUMBERS}
+        for name, values in columns.items():
+            numbers[name][place] = values[chosen]
+        texts = np.full(shape, "", dtype=object)
+        texts[place] = digests[chosen]
+        names = [metric.name for metric in experiment.metrics]
+        found[cell_id] = _Cell(
+            numbers=numbers,
+            digests=texts,
+            scores={name: np.full(shape[0], np.nan) for name in names},
+            unscored=dict.fromkeys(names, 0),
+        )
+    for cell_id, item_place, metric_name, value in zip(
+        scores["cell_id"].to_pylist(),
+        scored_items,
+        scores["metric"].to_pylist(),
+        scores["value"].to_pylist(),
+        strict=True,
+    ):
+        cell = found.get(cell_id)
+        if cell is not None and metric_name in cell.scores:
+            # NaN is no score either; a metric that means something by it says so with a reason.
+            if value is None or math.isnan(value):
+                cell.unscored[metric_name] += 1
+            else:
+                cell.scores[metric_name][item_place] = value
+    return found
+
+
+def _own_numbers(cell: _Cell) -> dict[str, Any]:
+    """Return what can be said of a cell without its baseline."""
+    seconds, tokens = cell.total("seconds"), cell.total("output_tokens")
+    prefill, bound = cell.total("prefill_seconds"), cell.total("bound_seconds")
+    forwards, fed = cell.total("target_forwards"), cell.total("forward_tokens")
+    decode = None if seconds is None or prefill is None else seconds - prefill
+    overhead = _ratio(decode, bound)
+    drafted = None if forwards is None or fed is None else fed - forwards
+    return {
+        "items": int(cell.measured_items.sum()),
+        "repeats": int(cell.measured.sum(axis=1).max()),
+        "output_tokens": None if tokens is None else int(tokens),
+        "seconds_per_item": _ratio(seconds, float(cell.measured.sum())),
+        "tokens_per_second": _ratio(tokens, seconds),
+        "tokens_per_forward": _ratio(cell.total("decode_tokens"), forwards),
+        "acceptance_rate": _ratio(cell.total("accepted_tokens"), drafted),
+        "joules_per_token": _ratio(cell.total("energy_j"), tokens),
+        "overhead": overhead,
+        "draft_share": 1 - 1 / overhead if overhead else None,
+    }
+
+
+def _harness_share(cell: CellRecord) -> float | None:
+    """Return the share of the cell's wall time that was neither measured nor scored."""
+    return _ratio(cell.seconds.get("overhead"), sum(cell.seconds.values()))
+
+
+def _compared_numbers(
+    experiment: ExperimentRecord, cell: _Cell, baseline: _Cell, *, is_baseline: bool
+) -> dict[str, Any]:
+    """Return the ratios of a cell to its baseline; the baseline's own are 1, without verdict."""
+    paired = cell.measured_items & baseline.measured_items
+    if not paired.any():
+        return {}
+    per_sample = experiment.facts.get("output_unit", "token") != "token"
+    totals = _totals(cell, paired, "seconds", per_sample)
+    baseline_totals = _totals(baseline, paired, "seconds", per_sample)
+    estimate = statistics.speed_up(baseline_totals, totals)
+    bound = _speed_bound(cell, baseline, paired, per_sample)
+    device = None
+    if cell.total("device_seconds") is not None and baseline.total("device_seconds") is not None:
+        device = statistics.speed_up(
+            _totals(baseline, paired, "device_seconds", per_sample),
+            _totals(cell, paired, "device_seconds", per_sample),
+        ).value
+    row: dict[str, Any] = {
+        "baseline_tokens": _integer(baseline.total("output_tokens")),
+        "speedup": _number(estimate.value),
+        "speedup_geomean": _number(statistics.geometric_mean_speed_up(baseline_totals, totals)),
+        "speedup_device": _number(device),
+        "speedup_bound": bound,
+        "bound_ratio": _ratio(_number(estimate.value), bound),
+        "step_cost_ratio": _ratio(_seconds_per_forward(cell), _seconds_per_forward(baseline)),
+        "work_ratio": _ratio(_per_token(cell, "flops"), _per_token(baseline, "flops")),
+        "memory_ratio": _ratio(_peak(cell), _peak(baseline)),
+    }
+    if not is_baseline:
+        row |= {
+            "speedup_low": estimate.low,
+            "speedup_high": estimate.high,
+            "speedup_low_99": estimate.wide_low,
+            "speedup_high_99": estimate.wide_high,
+            "speed_verdict": statistics.speed_verdict(estimate, experiment.margin),
+            "smallest_speed_difference": statistics.smallest_speed_difference(
+                estimate, experiment.margin, int(paired.sum())
+            ),
+        }
+    return row
+
+
+def _totals(cell: _Cell, paired: NDArray[np.bool_], clock: str, per_sample: bool) -> ItemTotals:
+    units = cell.numbers["output_tokens"]
+    if per_sample:
+        units = np.where(cell.measured, 1.0, np.nan)
+    return statistics.combine_repeats(cell.numbers[clock][paired], units[paired])
+
+
+def _speed_bound(
+    cell: _Cell, baseline: _Cell, paired: NDArray[np.bool_], per_sample: bool
+) -> float | None:
+    """Return the largest speed-up that the counted forwards allow at their measured cost.
+
+    Each side pays the baseline's prefill and its own forwards at lat(width, context), in the first
+    repeat of every item, and nothing else.
+    """
+    prefill = baseline.numbers["prefill_seconds"][paired]
+    if np.isnan(prefill).all(axis=1).any():
+        return None
+    shared = np.nanmedian(prefill, axis=1)
+    rates = []
+    for side in (baseline, cell):
+        cost = shared + side.numbers["bound_seconds"][paired, 0]
+        units = np.ones(len(cost)) if per_sample else side.numbers["output_tokens"][paired, 0]
+        if np.isnan(cost).any() or np.isnan(units).any() or not units.sum():
+            return None
+        rates.append(float(cost.sum() / units.sum()))
+    return _ratio(rates[0], rates[1])
+
+
+class _Quality:
+    """One metric of an experiment: its value and its paired difference from the baseline."""
+
+    def __init__(
+        self,
+        experiment: ExperimentRecord,
+        metric: MetricRecord,
+        aggregate: Aggregate | None,
+        *,
+        is_headline: bool,
+    ) -> None:
+        self.experiment = experiment
+        self.metric = metric
+        self.aggregate = aggregate
+        self.is_headline = is_headline
+        self.is_fraction = metric.kind in ("binary", "pass@k") or metric.unit == "fraction"
+
+    def row(self, cell: _Cell | None, baseline: _Cell | None) -> dict[str, Any]:
+        """Return the metric's row in the table `metrics`; without a cell it only has its name."""
+        name = self.metric.name
+        row: dict[str, Any] = {
+            "metric": name,
+            "is_headline": self.is_headline,
+            "unit": self.metric.unit,
+            "kind": self.metric.kind,
+            "higher_is_better": self.metric.higher_is_better,
+        }
+        if cell is None:
+            return row
+        row["scored"] = int((~np.isnan(cell.scores[name])).sum())
+        row["unscored"] = cell.unscored[name]
+        own = self._value(cell)
+        if own is not None:
+            row |= {"value": own.value, "low": own.low, "high": own.high}
+        if baseline is None:
+            return row
+        reference = self._value(baseline)
+        row["baseline_value"] = None if reference is None else reference.value
+        difference = self._difference(cell, baseline)
+        if difference is None:
+            return row
+        margin = self.experiment.quality_margin
+        if self.is_headline:
+            row["smallest_difference"] = statistics.smallest_quality_difference(difference, margin)
+        if difference.value == 0 and _outputs_agree(cell, baseline):
+            # Nothing was sampled: these are the baseline's own outputs and scores.
+            difference = Estimate(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        row |= {
+            "difference": difference.value,
+            "difference_low": difference.low,
+            "difference_high": difference.high,
+            "difference_low_99": difference.wide_low,
+            "difference_high_99": difference.wide_high,
+            "mcnemar_p": self._mcnemar(cell, baseline),
+        }
+        if self.is_headline:
+            verdict = statistics.quality_verdict(
+                difference, margin, higher_is_better=self.metric.higher_is_better
+            )
+            lost = np.isnan(cell.scores[name]) & ~np.isnan(baseline.scores[name])
+            # Items that only the method left without a score are missing from the pairs.
+            if lost.any() and verdict in ("BETTER", "SAME"):
+                verdict = "INCONCLUSIVE"
+            row["verdict"] = verdict
+        return row
+
+    def _value(self, cell: _Cell) -> Estimate | None:
+        if self.metric.kind == "corpus":
+            evaluate = self._corpus(cell)
+            items = int((~np.isnan(cell.scores[self.metric.name])).sum())
+            return None if evaluate is None else statistics.corpus_metric(evaluate, items)
+        values = np.array(list(self._units(cell).values()))
+        if not values.size:
+            return None
+        return statistics.fraction_mean(values) if self.is_fraction else statistics.mean(values)
+
+    def _difference(self, cell: _Cell, baseline: _Cell) -> Estimate | None:
+        if self.metric.kind == "corpus":
+            name = self.metric.name
+            paired = ~np.isnan(cell.scores[name]) & ~np.isnan(baseline.scores[name])
+            sides = [self._corpus(side, paired) for side in (baseline, cell)]
+            if sides[0] is None or sides[1] is None:
+                return None
+            return statistics.corpus_difference(sides[0], sides[1], int(paired.sum()))
+        own, reference = self._units(cell), self._units(baseline)
+        shared = [unit for unit in own if unit in reference]
+        if not shared:
+            return None
+        return statistics.paired_difference(
+            np.array([reference[unit] for unit in shared]),
+            np.array([own[unit] for unit in shared]),
+            is_fraction=self.is_fraction,
+        )
+
+    def _units(self, cell: _Cell) -> dict[str, float]:
+        """Return the value of each unit of resampling: the scored items, or problems of pass@k."""
+        scores = cell.scores[self.metric.name]
+        if self.metric.kind == "pass@k":
+            values = [None if math.isnan(score) else float(score) for score in scores]
+            return statistics.pass_rates(values, self.experiment.groups, self.metric.k)
+        return {
+            item: float(score)
+            for item, score in zip(self.experiment.items, scores, strict=True)
+            if not math.isnan(score)
+        }
+
+    def _corpus(
+        self, cell: _Cell, chosen: NDArray[np.bool_] | None = None
+    ) -> Callable[[NDArray[np.int64]], float] | None:
+        """Return the metric as a function of drawn items; None without scores or `aggregate`."""
+        name, aggregate = self.metric.name, self.aggregate
+        if chosen is None:
+            chosen = ~np.isnan(cell.scores[name])
+        if aggregate is None or not chosen.any():
+            return None
+        rows = [
+            {metric: float(values[place]) for metric, values in cell.scores.items()}
+            for place in np.flatnonzero(chosen)
+        ]
+
+        def evaluate(drawn: NDArray[np.int64]) -> float:
+            # An item drawn twice is two items.
+            return float(aggregate({str(n): rows[i] for n, i in enumerate(drawn)})[name])
+
+        return evaluate
+
+    def _mcnemar(self, cell: _Cell, baseline: _Cell) -> float | None:
+        if self.metric.kind != "binary":
+            return None
+        differences = cell.scores[self.metric.name] - baseline.scores[self.metric.name]
+        return statistics.mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+
+
+def _outputs_agree(cell: _Cell, baseline: _Cell) -> bool:
+    """Return whether both sides wrote the same wherever both were measured, at least once."""
+    both = cell.measured & baseline.measured
+    return bool(both.any() and (cell.digests[both] == baseline.digests[both]).all())
+
+
+def _seconds_per_forward(cell: _Cell) -> float | None:
+    return _ratio(cell.total("bound_seconds"), cell.total("target_forwards"))
+
+
+def _per_token(cell: _Cell, column: str) -> float | None:
+    return _ratio(cell.total(column), cell.total("output_tokens"))
+
+
+def _peak(cell: _Cell) -> float | None:
+    """Return the highest peak of any sample."""
+    peaks = cell.numbers["peak_bytes"][cell.measured]
+    return None if not peaks.size or np.isnan(peaks).any() else float(peaks.max())
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """Return the quotient; None where a side is unknown or there is nothing to divide by."""
+    if numerator is None or not denominator:
+        return None
+    return _number(numerator / denominator)
+
+
+def _number(value: float | None) -> float | None:
+    """Return a finite number or None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _integer(value: float | None) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,540 @@
+"""Comparison tables: one query, one way to write a number, many formats.
+
+A table holds the cells that share task, model, hardware and scenario, with the settings that must
+agree for their numbers to be comparable. A baseline stands above the cells it was measured with.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from results import schema, text
+from results.store import StoreError
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+Row = dict[str, Any]
+
+FORMATS = ("md", "csv", "latex", "json", "html")
+
+_ROLES = ("baseline", "method", "control", "peer")
+# Cells that differ in one of these do not belong into one table.
+_SAME = (
+    "task",
+    "task_params",
+    "task_version",
+    "model",
+    "model_params",
+    "hardware",
+    "scenario",
+    "scale",
+    "seed",
+    "metric",
+)
+
+_QUERY = """
+WITH chosen AS (
+    SELECT experiment_id, cell_id, min(place) AS place
+    FROM run_cells WHERE run_id = $run GROUP BY ALL
+    UNION ALL
+    -- Without a run: every cell, once, as it was last measured.
+    SELECT arg_max(c.experiment_id, (e.created, e.experiment_id)), c.cell_id, 0
+    FROM cells c JOIN experiments e USING (experiment_id)
+    WHERE $run IS NULL GROUP BY c.cell_id
+)
+SELECT comparison.*, environments.environment, chosen.place
+FROM comparison JOIN chosen USING (experiment_id, cell_id)
+LEFT JOIN environments USING (environment_id)
+ORDER BY task, model, hardware, scenario, created, experiment_id, place, method, cell_id
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One comparison table, as text, ready for any format.
+
+    Attributes:
+        title: What was compared, for people.
+        columns: Headings.
+        rows: Cells of each row as text; the first one names the method.
+        notes: Lines that belong below the table.
+        data: The rows of the view, with full precision.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    data: tuple[Row, ...]
+
+
+def comparison_tables(
+    index_path: Path, run: str | None = "latest", tasks: Sequence[str] = ()
+) -> list[Table]:
+    """Return the comparison tables of a run.
+
+    Args:
+        index_path: As `ingest` returns it.
+        run: A run's id; `latest`; or None for every cell, as it was last measured.
+        tasks: Names of tasks to keep; all if empty.
+
+    Raises:
+        StoreError: There is no index, no such run, or no such task in it.
+    """
+    with connect(index_path) as connection:
+        run_id = _run_id(connection, run)
+        cursor = connection.execute(_QUERY, {"run": run_id})
+        names = [column[0] for column in cursor.description]
+        rows = [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
+        general = _run_notes(connection, run_id)
+    known = sorted({row["task"] for row in rows})
+    for task in tasks:
+        if task not in known:
+            near = get_close_matches(task, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise StoreError(
+                f"no task named {task!r} in these results.{hint} They have: "
+                f"{', '.join(known) or 'none'}."
+            )
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if not tasks or row["task"] in tasks:
+            groups.setdefault(tuple(row[name] for name in _SAME), []).append(row)
+    tables = [_table(group) for group in groups.values()]
+    if general and tables:
+        tables[-1] = _with_notes(tables[-1], general)
+    return tables
+
+
+def render(
+    index_path: Path,
+    run: str | None = "latest",
+    tasks: Sequence[str] = (),
+    format: str = "md",
+) -> str:
+    """Return the comparison tables of a run as text; arguments as in `comparison_tables`.
+
+    Raises:
+        ValueError: `format` is none of `FORMATS`.
+        StoreError: As in `comparison_tables`.
+    """
+    writers: dict[str, Callable[[Sequence[Table]], str]] = {
+        "md": _markdown,
+        "csv": _csv,
+        "latex": _latex,
+        "json": _json,
+        "html": _html,
+    }
+    if format not in writers:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    return writers[format](comparison_tables(index_path, run, tasks))
+
+
+def terminal(index_path: Path, run: str | None = "latest", tasks: Sequence[str] = ()) -> Group:
+    """Return the comparison tables of a run for `rich`; arguments as in `comparison_tables`.
+
+    Text is shown as it is: square brackets in an error message style nothing.
+    """
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for table in comparison_tables(index_path, run, tasks):
+        shown = RichTable(title=Text(text.plain(table.title)), title_justify="left")
+        for place, column in enumerate(table.columns):
+            shown.add_column(Text(column), justify="left" if place == 0 else "right")
+        for row in table.rows:
+            shown.add_row(*(Text(text.plain(cell)) for cell in row))
+        parts += [shown, *(Text(text.plain(note)) for note in table.notes), Text("")]
+    return Group(*(parts or [Text(_NOTHING)]))
+
+
+def connect(index_path: Path) -> duckdb.DuckDBPyConnection:
+    """Open an index for reading only.
+
+    Raises:
+        StoreError: It is missing, is no index, or was made by another version.
+    """
+    if not index_path.exists():
+        raise StoreError(
+            f"{index_path}: is missing. Run a suite first, or `python run.py rebuild` if there "
+            "are shards."
+        )
+    remedy = "`python run.py rebuild` makes it anew from the shards."
+    try:
+        connection = duckdb.connect(str(index_path), read_only=True)
+    except duckdb.Error as error:
+        raise StoreError(f"{index_path}: cannot be read: {error}. {remedy}") from error
+    try:
+        version = connection.execute("SELECT version FROM index_info").fetchone()
+    except duckdb.Error:
+        version = None
+    if version != (schema.INDEX_VERSION,):
+        connection.close()
+        raise StoreError(f"{index_path}: is no index of this version. {remedy}")
+    return connection
+
+
+_NOTHING = "No results."
+
+
+def _run_id(connection: duckdb.DuckDBPyConnection, run: str | None) -> str | None:
+    if run is None:
+        return None
+    known = [
+        row[0]
+        for row in connection.execute("SELECT run_id FROM runs ORDER BY started, run_id").fetchall()
+    ]
+    if not known:
+        raise StoreError("there is no run in this store yet. `python run.py` makes one.")
+    if run == "latest":
+        return str(known[-1])
+    if run not in known:
+        near = get_close_matches(run, known, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise StoreError(f"no run {run!r}.{hint} The last ones are {', '.join(known[-5:])}.")
+    return run
+
+
+def _run_notes(connection: duckdb.DuckDBPyConnection, run_id: str | None) -> list[str]:
+    """Return what a run should have measured and did not."""
+    found = connection.execute(
+        "SELECT status, skipped, (SELECT count(*) FROM run_cells r WHERE r.run_id = runs.run_id "
+        "AND NOT EXISTS (SELECT 1 FROM cells c WHERE c.experiment_id = r.experiment_id "
+        "AND c.cell_id = r.cell_id)) FROM runs WHERE run_id = ?",
+        [run_id],
+    ).fetchone()
+    if found is None:
+        return []
+    status, skipped, missing = found
+    notes = [f"Run {run_id}: {status}."] if status != "finished" else []
+    if missing:
+        notes.append(f"{missing} of the run's cells have not ended yet.")
+    return notes + [
+        f"Skipped: {entry.get('method', '')} on {entry.get('task', '')} with "
+        f"{entry.get('model', '')}: {entry.get('reason', '')}"
+        for entry in json.loads(skipped)
+    ]
+
+
+def _table(group: list[Row]) -> Table:
+    """Make the table of comparable cells."""
+    experiments = list(dict.fromkeys(row["experiment_id"] for row in group))
+    rows = sorted(
+        group,
+        key=lambda row: (
+            experiments.index(row["experiment_id"]),
+            _ROLES.index(row["role"]) if row["role"] in _ROLES else len(_ROLES),
+            row["cell_id"] != row["baseline_cell_id"],
+            row["place"],
+        ),
+    )
+    labels = _labels(rows)
+    first = rows[0]
+    columns: dict[str, Callable[[Row], str]] = {
+        "speed-up": _speed_up,
+        "bound": lambda row: text.ratio(row["speedup_bound"]),
+        "tokens/forward": lambda row: text.ratio(row["tokens_per_forward"]),
+        "tokens/s": lambda row: text.number(row["tokens_per_second"]),
+        "s/item": lambda row: text.number(row["seconds_per_item"]),
+        str(first["metric"] or "quality"): _quality,
+        "vs baseline": _quality_delta,
+        "output": lambda row: row["output_check"] or "",
+        "work": lambda row: text.ratio(row["work_ratio"]),
+        "memory": lambda row: text.ratio(row["memory_ratio"]),
+        "status": lambda row: row["status"],
+    }
+    return Table(
+        title=f"{first['task']} · {first['model']} · {first['hardware']} · {first['scenario']}",
+        columns=("method", *columns),
+        rows=tuple(
+            (label, *(write(row) for write in columns.values()))
+            for label, row in zip(labels, rows, strict=True)
+        ),
+        notes=tuple(_notes(rows, labels)),
+        data=tuple(rows),
+    )
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Name each method, with the settings in which it differs from others of its name."""
+    settings = [json.loads(row["params"]) for row in rows]
+    labels = []
+    for row, own in zip(rows, settings, strict=True):
+        others = [
+            other
+            for rival, other in zip(rows, settings, strict=True)
+            if rival["method"] == row["method"]
+        ]
+        keys = dict.fromkeys(key for other in others for key in other)
+        differing = [key for key in keys if any(other.get(key) != own.get(key) for other in others)]
+        shown = ",".join(f"{key}={_setting(own.get(key))}" for key in differing)
+        labels.append(f"{row['method']}:{shown}" if shown else row["method"])
+    return labels
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _speed_up(row: Row) -> str:
+    value = text.interval(
+        *(text.ratio(row[name]) for name in ("speedup", "speedup_low", "speedup_high"))
+    )
+    return f"{value} {row['speed_verdict'] or ''}".strip()
+
+
+def _quality(row: Row) -> str:
+    return text.interval(
+        *(_score(row, name) for name in ("quality", "quality_low", "quality_high"))
+    )
+
+
+def _quality_delta(row: Row) -> str:
+    value = text.interval(
+        *(
+            _score(row, name)
+            for name in ("quality_delta", "quality_delta_low", "quality_delta_high")
+        )
+    )
+    return f"{value} {row['quality_verdict'] or ''}".strip()
+
+
+def _score(row: Row, name: str) -> str:
+    return text.score(row[name], is_fraction=row["quality_unit"] == "fraction")
+
+
+def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
+    """Return what a reader must know to judge the numbers, and why cells failed."""
+    first = rows[0]
+    measured = [row for row in rows if row["status"] == "ok"]
+    items = _spread(row["items"] for row in measured)
+    repeats = _spread(row["repeats"] for row in measured)
+    margins = _spread(text.percent(row["margin"]) for row in rows)
+    quality_margins = _spread(_score(row, "quality_margin") for row in rows)
+    notes = [
+        f"{items or 'no'} items, {repeats or 'no'} repeats, seed {first['seed']}; scale "
+        f"{first['scale']}; margin {margins} of speed, {quality_margins} of quality.",
+        f"Smallest difference that would have been seen (80% power): {_smallest(measured)}.",
+        "Intervals are 95%; FASTER, SLOWER, BETTER and WORSE hold at 99%. Bound: the largest "
+        "speed-up that the method's own counts allow here.",
+        f"Machine: {_machine(first)}.",
+    ]
+    for name in ("task", "model"):
+        settings = json.loads(first[f"{name}_params"])
+        if settings:
+            shown = ", ".join(f"{key}={_setting(value)}" for key, value in settings.items())
+            notes.append(f"{name.capitalize()} settings: {shown}.")
+    sandboxes = _spread(row["sandbox"] for row in rows if row["sandbox"])
+    if sandboxes:
+        notes.append(f"Sandbox: {sandboxes}.")
+    for label, row in zip(labels, rows, strict=True):
+        if row["status"] != "ok":
+            notes.append(f"{label}: {row['status']}: {row['error'] or 'no reason given'}")
+        if row["unscored"]:
+            notes.append(f"{label}: {row['unscored']} outputs could not be scored.")
+        bound, low = row["speedup_bound"], row["speedup_low"]
+        if bound is not None and low is not None and low > bound:
+            notes.append(f"{label}: the measured speed-up lies above its bound; do not trust it.")
+    return notes
+
+
+def _smallest(rows: Sequence[Row]) -> str:
+    """Return the coarsest resolution among the rows, for speed and for quality."""
+    speeds = [row["smallest_speed_difference"] for row in rows]
+    qualities = [row["smallest_quality_difference"] for row in rows]
+    speed = max((value for value in speeds if value is not None), default=None)
+    quality = max((value for value in qualities if value is not None), default=None)
+    return (
+        f"speed {text.percent(speed) or 'unknown'}, "
+        f"quality {_score({**rows[0], 'x': quality}, 'x') if quality is not None else 'unknown'}"
+    )
+
+
+def _machine(row: Row) -> str:
+    """Return the profile's name, and what the environment says of the machine."""
+    facts = json.loads(row["environment"] or "{}")
+    known = [facts.get("gpu_name") or facts.get("cpu_model")]
+    if facts.get("cpu_available_cores"):
+        known.append(f"{text.number(facts['cpu_available_cores'], 2)} cores")
+    if facts.get("memory_bytes"):
+        known.append(f"{facts['memory_bytes'] / 2**30:.0f} GiB")
+    if facts.get("torch_version"):
+        known.append(f"torch {facts['torch_version']}")
+    return ", ".join([row["hardware"], *(fact for fact in known if fact)])
+
+
+def _spread(values: Any) -> str:
+    """Return the distinct values, joined: one in the usual case."""
+    return "/".join(str(value) for value in dict.fromkeys(values) if value not in (None, ""))
+
+
+def _with_notes(table: Table, notes: Sequence[str]) -> Table:
+    return Table(table.title, table.columns, table.rows, (*table.notes, *notes), table.data)
+
+
+def _markdown(tables: Sequence[Table]) -> str:
+    parts = []
+    for table in tables:
+        lines = [f"### {text.markdown(table.title)}", ""]
+        lines.append(_markdown_row(table.columns))
+        lines.append("|" + "---|" + "---:|" * (len(table.columns) - 1))
+        lines += [_markdown_row(row) for row in table.rows]
+        lines += ["", *(f"- {text.markdown(note)}" for note in table.notes)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts or [_NOTHING]) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(text.markdown(cell) for cell in cells) + " |"
+
+
+def _latex(tables: Sequence[Table]) -> str:
+    parts = ["% needs \\usepackage{booktabs}"]
+    for table in tables:
+        body = [_latex_row(table.columns), "\\midrule", *map(_latex_row, table.rows)]
+        notes = " ".join(text.latex(note) for note in table.notes)
+        parts.append(
+            "\n".join(
+                [
+                    "\\begin{table}",
+                    f"\\caption{{{text.latex(table.title)}}}",
+                    f"\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+                    "\\toprule",
+                    *body,
+                    "\\bottomrule",
+                    "\\end{tabular}",
+                    f"\\par\\footnotesize {notes}",
+                    "\\end{table}",
+                ]
+            )
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(text.latex(cell) for cell in cells) + " \\\\"
+
+
+_CSV_NUMBERS: Mapping[str, Callable[[Row, str], str]] = {
+    **dict.fromkeys(
+        (
+            "speedup",
+            "speedup_low",
+            "speedup_high",
+            "speedup_bound",
+            "speedup_geomean",
+            "bound_ratio",
+            "tokens_per_forward",
+            "work_ratio",
+            "memory_ratio",
+        ),
+        lambda row, name: text.ratio(row[name]),
+    ),
+    **dict.fromkeys(
+        (
+            "quality",
+            "quality_low",
+            "quality_high",
+            "baseline_quality",
+            "quality_delta",
+            "quality_delta_low",
+            "quality_delta_high",
+        ),
+        _score,
+    ),
+    **dict.fromkeys(
+        ("seconds_per_item", "tokens_per_second"), lambda row, name: text.number(row[name])
+    ),
+}
+_CSV_COLUMNS = (
+    *("run_id", "task", "model", "hardware", "scenario", "seed", "scale"),
+    *("method", "params", "family", "role", "status", "error"),
+    *("metric", "quality", "quality_low", "quality_high", "baseline_quality"),
+    *("quality_delta", "quality_delta_low", "quality_delta_high", "quality_verdict"),
+    *("speedup", "speedup_low", "speedup_high", "speed_verdict", "speedup_bound"),
+    *("speedup_geomean", "bound_ratio", "seconds_per_item", "tokens_per_second"),
+    *("tokens_per_forward", "work_ratio", "memory_ratio", "output_check", "items", "repeats"),
+)
+
+
+def _csv(tables: Sequence[Table]) -> str:
+    """Write one flat table: the parts of an interval in columns of their own."""
+    written = io.StringIO()
+    writer = csv.writer(written, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for table in tables:
+        for row in table.data:
+            writer.writerow(
+                _CSV_NUMBERS[name](row, name)
+                if name in _CSV_NUMBERS
+                else text.plain("" if row[name] is None else str(row[name]))
+                for name in _CSV_COLUMNS
+            )
+    return written.getvalue()
+
+
+def _json(tables: Sequence[Table]) -> str:
+    """Write the tables as shown, and beside each row its numbers with full precision."""
+    content = [
+        {
+            "title": table.title,
+            "columns": table.columns,
+            "rows": table.rows,
+            "notes": table.notes,
+            "data": table.data,
+        }
+        for table in tables
+    ]
+    return text.json_text(content, indent=1) + "\n"
+
+
+_STYLE = (
+    "body{font-family:system-ui,sans-serif;margin:2rem;color:#1b1b1b;background:#fff}"
+    "table{border-collapse:collapse;margin-bottom:.5rem}"
+    "caption{text-align:left;font-weight:600;padding:.5rem 0}"
+    "th,td{padding:.3rem .7rem;border-bottom:1px solid #bbb;text-align:right;white-space:nowrap}"
+    "th:first-child{text-align:left}thead th{border-bottom:2px solid #1b1b1b}"
+    "ul{margin:0 0 2rem;padding-left:1.2rem}div{overflow-x:auto}"
+)
+
+
+def _html(tables: Sequence[Table]) -> str:
+    parts = []
+    for table in tables:
+        head = "".join(f'<th scope="col">{_escape(column)}</th>' for column in table.columns)
+        body = "\n".join(
+            f'<tr><th scope="row">{_escape(row[0])}</th>'
+            + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:])
+            + "</tr>"
+            for row in table.rows
+        )
+        notes = "\n".join(f"<li>{_escape(note)}</li>" for note in table.notes)
+        parts.append(
+            f"<div><table>\n<caption>{_escape(table.title)}</caption>\n"
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n"
+            f"<ul>\n{notes}\n</ul>"
+        )
+    content = "\n".join(parts or [f"<p>{_NOTHING}</p>"])
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>tokenmark: comparison</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<main>\n<h1>Comparison</h1>\n{content}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _escape(cell: str) -> str:
+    return html.escape(text.plain(cell))

@@ -1,0 +1,107 @@
+"""`verify`: compute every published number again from the shards, and say what differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import duckdb
+
+from results.ingest import fill
+from results.store import Store
+from results.summary import Aggregate
+from results.tables import connect
+
+# Sums may be added up in another order by another version of a library.
+_RELATIVE_TOLERANCE = 1e-9
+# Of one table; a wrong shard makes thousands.
+_MOST_LINES = 20
+
+# Everything that is made from shards, with what makes a row.
+_KEYS = {
+    "runs": ("run_id",),
+    "run_cells": ("run_id", "place"),
+    "experiments": ("experiment_id",),
+    "cells": ("experiment_id", "cell_id"),
+    "samples": ("experiment_id", "cell_id", "item_id", "repeat"),
+    "scores": ("experiment_id", "cell_id", "item_id", "metric"),
+    "metrics": ("experiment_id", "cell_id", "metric"),
+    "verdicts": ("experiment_id", "cell_id"),
+}
+
+
+def verify(store_path: Path, *, aggregates: Mapping[str, Aggregate] | None = None) -> list[str]:
+    """Check shards against their manifests and the index against the shards.
+
+    Every row of the index, verdicts and table cells included, is computed again from raw samples.
+
+    Args:
+        store_path: The store.
+        aggregates: As for `ingest`.
+
+    Returns:
+        A sentence for everything that is wrong; empty if all is well.
+
+    Raises:
+        StoreError: There is no index.
+    """
+    store = Store(store_path)
+    connect(store.index_path).close()  # says what is wrong with the index, if anything is
+    problems = [
+        problem
+        for experiment_id in store.experiment_ids()
+        if store.is_sealed(experiment_id)
+        for problem in store.damage(experiment_id)
+    ]
+    with TemporaryDirectory() as folder, duckdb.connect() as connection:
+        again = Path(folder) / "again.duckdb"
+        left_out = fill(again, store, None, aggregates or {})
+        problems += [line for line in left_out if not line.startswith(tuple(problems))]
+        for name, path in (("published", store.index_path), ("again", again)):
+            quoted = str(path).replace("'", "''")
+            connection.execute(f"ATTACH '{quoted}' AS {name} (READ_ONLY)")
+        for table, key in _KEYS.items():
+            problems += _differences(connection, store.index_path, table, key)
+    return problems
+
+
+def _differences(
+    connection: duckdb.DuckDBPyConnection, index: Path, table: str, key: tuple[str, ...]
+) -> list[str]:
+    """Return a sentence for each row of a table that is not what the shards say."""
+    sides = []
+    for one, other in (("published", "again"), ("again", "published")):
+        cursor = connection.execute(
+            f"SELECT * FROM {one}.{table} EXCEPT ALL SELECT * FROM {other}.{table}"
+        )
+        names = [column[0] for column in cursor.description]
+        rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        sides.append({tuple(row[name] for name in key): row for row in rows})
+    published, again = sides
+    problems = []
+    for identity in sorted(published.keys() | again.keys()):
+        row = f"{index}: {table}: {', '.join(map(str, identity))}"
+        if identity not in again:
+            problems.append(f"{row}: is not in the shards.")
+        elif identity not in published:
+            problems.append(f"{row}: is missing; `python run.py ingest` brings it in.")
+        else:
+            problems += [
+                f"{row}: {name} is {published[identity][name]!r}, recomputed {value!r}."
+                for name, value in again[identity].items()
+                if not _agree(published[identity][name], value)
+            ]
+    if len(problems) > _MOST_LINES:
+        rest = len(problems) - _MOST_LINES
+        problems = [*problems[:_MOST_LINES], f"{index}: {table}: and {rest} more differences."]
+    return problems
+
+
+def _agree(published: Any, again: Any) -> bool:
+    if isinstance(published, float) and isinstance(again, float):
+        both_nan = math.isnan(published) and math.isnan(again)
+        return both_nan or math.isclose(published, again, rel_tol=_RELATIVE_TOLERANCE)
+    return bool(published == again)

@@ -1,0 +1,551 @@
+"""The command line of tokenmark: parse, call, print.
+
+Commands import what they need when they run, so that `--help` and `list` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from results.text import plain
+from runner.request import Request, UsageError
+from runner.settings import choose
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from runner.describe import Section
+    from runner.registry import Kind, Registry
+
+LISTS = {
+    "methods": "method",
+    "tasks": "task",
+    "models": "model",
+    "hardware": "hardware",
+    "suites": "suite",
+}
+TABLE_FORMATS = ("table", "json")
+CTRL_C = 130  # what Typer makes of it outside a measurement; 1 in our contract
+PLAIN_WIDTH = 1000  # columns of a table that goes to a file or pipe: nothing is folded there
+
+app = typer.Typer(
+    help="Benchmark token-level methods; without a command, run the embedded suite.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Suite = Annotated[str | None, typer.Option(help="Suite by name, or path of a .toml file.")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help="NAME[:key=value,…]; may be repeated.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", help="NAME[:key=value,…]; may be repeated.")
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="Embedded name, hf:ID or path:FOLDER; may be repeated."),
+]
+Hardware = Annotated[str | None, typer.Option(help="auto, or a hardware profile's name.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of order, sampling, resampling.")]
+Repeats = Annotated[int | None, typer.Option(min=1, help="Measurements of each item and method.")]
+ScenarioName = Annotated[
+    str | None, typer.Option("--scenario", help="latency, throughput or fixed-length.")
+]
+Store = Annotated[Path, typer.Option(file_okay=False, help="Folder of the results.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure finished cells again.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds that one sample may take.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never reach for the network.")]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="Python file that brings methods or tasks; may be repeated."),
+]
+TableFormat = Annotated[str, typer.Option("--format", help="table or json.")]
+
+
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context) -> None:
+    """Run the embedded suite if no command is named."""
+    if context.invoked_subcommand is None:
+        from runner.suites import make_request
+
+        measure(make_request(registry()))
+
+
+@app.command()
+def run(
+    suite: Suite = None,
+    method: Methods = None,
+    task: Tasks = None,
+    model: Models = None,
+    hardware: Hardware = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    repeats: Repeats = None,
+    scenario: ScenarioName = None,
+    store: Store = Request.store,
+    fresh: Fresh = False,
+    timeout: Timeout = None,
+    offline: Offline = False,
+    plugin: Plugins = None,
+) -> None:
+    """Measure methods on tasks and models, then print the comparison tables."""
+    from runner.suites import make_request
+
+    measure(
+        make_request(
+            registry(plugin),
+            suite=suite,
+            methods=method or (),
+            tasks=task or (),
+            models=model or (),
+            hardware=hardware,
+            limit=limit,
+            seed=seed,
+            repeats=repeats,
+            scenario=scenario,
+            store=store,
+            fresh=fresh,
+            timeout=timeout,
+            offline=offline,
+        )
+    )
+
+
+@app.command()
+def plan(
+    suite: Suite = None,
+    method: Methods = None,
+    task: Tasks = None,
+    model: Models = None,
+    hardware: Hardware = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    repeats: Repeats = None,
+    scenario: ScenarioName = None,
+    store: Store = Request.store,
+    fresh: Fresh = False,
+    timeout: Timeout = None,
+    offline: Offline = False,
+    plugin: Plugins = None,
+    format: TableFormat = "table",
+) -> None:
+    """Say what `run` would do: what is measured, cached, skipped and why, and how long it takes."""
+    from runner.plan import make_plan
+    from runner.progress import duration
+    from runner.suites import make_request
+
+    choose("--format", format, TABLE_FORMATS)
+    made = make_plan(
+        make_request(
+            registry(plugin),
+            suite=suite,
+            methods=method or (),
+            tasks=task or (),
+            models=model or (),
+            hardware=hardware,
+            limit=limit,
+            seed=seed,
+            repeats=repeats,
+            scenario=scenario,
+            store=store,
+            fresh=fresh,
+            timeout=timeout,
+            offline=offline,
+        )
+    )
+    show_rows(made.describe(), format)
+    if format == "table" and made.estimate_seconds is not None:
+        typer.echo(f"about {duration(made.estimate_seconds)}")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help=", ".join(LISTS))],
+    format: TableFormat = "table",
+    plugin: Plugins = None,
+) -> None:
+    """List methods, tasks, models, hardware profiles or suites."""
+    kind = cast("Kind", LISTS[choose("list", what, LISTS)])
+    choose("--format", format, TABLE_FORMATS)
+    entries = registry(plugin).entries(kind).values()
+    if kind == "method":
+        rows = [
+            {"name": e.name, "family": e.family, "status": e.status, "title": e.title}
+            for e in entries
+        ]
+    else:
+        rows = [{"name": e.name, "title": e.title} for e in entries]
+    show_rows(rows, format)
+
+
+@app.command()
+def show(
+    kind: Annotated[str, typer.Argument(help="method, task, model, hardware, suite or cell.")],
+    name: Annotated[str, typer.Argument(help="Its name; of a cell, its id or the start of it.")],
+    store: Store = Request.store,
+    plugin: Plugins = None,
+) -> None:
+    """Show everything about one."""
+    from runner.describe import describe
+    from runner.registry import KINDS
+
+    if choose("show", kind, (*KINDS, "cell")) == "cell":
+        from runner.describe import describe_cell
+
+        with store_errors(2):
+            sections = describe_cell(index_of(store), name)
+    else:
+        sections = describe(registry(plugin), cast("Kind", kind), name)
+    for section in sections:
+        if section.rows:
+            show_section(section)
+
+
+@app.command()
+def table(
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    run: Annotated[str, typer.Option(help="Id of a run, or latest.")] = "latest",
+    format: Annotated[
+        str, typer.Option("--format", help="table, md, csv, latex, json or html.")
+    ] = "table",
+    store: Store = Request.store,
+) -> None:
+    """Print the comparison tables of a run."""
+    from results import tables
+
+    choose("--format", format, ("table", *tables.FORMATS))
+    index = index_of(store)
+    with store_errors(2):
+        if format == "table":
+            output(tables.terminal(index, run, task or ()))
+        else:
+            typer.echo(tables.render(index, run, task or (), format).rstrip("\n"))
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One statement that only reads.")],
+    format: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+    store: Store = Request.store,
+) -> None:
+    """Query the results."""
+    from results.query import FORMATS, QueryError, run_sql
+
+    choose("--format", format, FORMATS)
+    with store_errors(2):
+        try:
+            typer.echo(run_sql(index_of(store), query, format).rstrip("\n"))
+        except QueryError as error:
+            raise UsageError(str(error)) from error
+
+
+@app.command()
+def ingest(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Stores, or shards.")],
+    store: Store = Request.store,
+) -> None:
+    """Take in shards that were measured elsewhere."""
+    from runner.indexing import take_in, update_index
+
+    with store_errors(1):
+        came = [each for folder in folders for each in take_in(folder, store)]
+        typer.echo(f"{len(came)} new experiments; index: {update_index(store, registry())}")
+
+
+@app.command()
+def rebuild(store: Store = Request.store) -> None:
+    """Make the DuckDB index anew from the shards."""
+    from runner.indexing import update_index
+
+    if not store.is_dir():
+        raise UsageError(f"there is no store at {store}.")
+    with store_errors(1):
+        typer.echo(f"index: {update_index(store, registry(), anew=True)}")
+
+
+@app.command()
+def verify(store: Store = Request.store) -> None:
+    """Check shards against their manifests, and published numbers against raw samples."""
+    from results.verify import verify as find_problems
+    from runner.indexing import aggregates
+
+    index_of(store)
+    with store_errors(1):
+        problems = find_problems(store, aggregates=aggregates(store, registry()))
+    for problem in problems:
+        typer.echo(plain(problem))
+    typer.echo(f"{len(problems)} problems" if problems else "every number follows from its samples")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="MODEL|TASK…")],
+    offline: Offline = False,
+    plugin: Plugins = None,
+) -> None:
+    """Get what models and tasks need into the cache, so that runs need no network."""
+    from models.loading import LoadSettings, ModelError
+    from models.loading import fetch as fetch_model
+    from runner.settings import build, parse_spec, unknown
+
+    known = registry(plugin)
+    models, tasks = known.entries("model"), known.entries("task")
+    specs = [parse_spec(text) for text in names]
+    for spec in specs:
+        is_outside = spec.name.startswith(("hf:", "path:"))
+        if spec.name not in models and spec.name not in tasks and not is_outside:
+            raise unknown("model or task", spec.name, (*models, *tasks))
+    for spec in specs:
+        if spec.name in tasks:
+            task = build(known.load_task(spec.name), spec.params, f"task {spec.name!r}")
+            items = sum(1 for _ in task.items())
+            typer.echo(f"{spec}: {items} items, content {task.content_hash()[:12]}")
+            continue
+        settings = build(LoadSettings, spec.params, f"model {spec.name!r}")
+        try:
+            folder = fetch_model(spec.name, offline=offline, revision=settings.revision)
+        except ModelError as error:
+            raise typer.TyperException(str(error)) from error
+        typer.echo(f"{spec}: {folder}")
+
+
+@app.command()
+def doctor(format: TableFormat = "table") -> None:
+    """Say what of this machine can be measured, what cannot, and what would help."""
+    from hardware.doctor import checks
+
+    choose("--format", format, TABLE_FORMATS)
+    rows = [
+        {
+            "check": check.name,
+            "state": "ok" if check.ok else "limited",
+            "found": check.detail,
+            "advice": check.advice,
+        }
+        for check in checks()
+    ]
+    show_rows(rows, format)
+
+
+@app.command()
+def conformance(
+    name: Annotated[str, typer.Argument(help="A method of the tree or of a plug-in.")],
+    plugin: Plugins = None,
+) -> None:
+    """Check that a method keeps the contract; ends with 1 if it does not."""
+    from runner.conformance import conformance as check_contract
+
+    checks = check_contract(name, registry(plugin))
+    rows = [
+        {"check": check.name, "state": "ok" if check.ok else "broken", "found": check.detail}
+        for check in checks
+    ]
+    show_rows(rows, "table")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def worker(
+    spec: Annotated[Path, typer.Option(help="Experiment to measure, as the runner wrote it.")],
+    events: Annotated[int | None, typer.Option(help="File descriptor for progress.")] = None,
+) -> None:
+    """Measure one experiment in this process; `run` starts it."""
+    from runner.worker import main as measure_experiment
+
+    code = measure_experiment(spec, events)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything is on the disk; torch would take seconds to tear itself down
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def measure(request: Request) -> None:
+    """Run a request, print its tables, and end with 1 if a cell failed or the user stopped it."""
+    from results import tables
+    from runner.execute import execute
+    from runner.indexing import update_index
+    from runner.plan import make_plan
+    from runner.progress import progress
+
+    made = make_plan(request)
+    if not made.cells:
+        for skipped in made.skipped:
+            typer.echo(plain("skipped {method} on {task} with {model}: {reason}".format(**skipped)))
+    with store_errors(1):
+        with progress(console()) as listener:
+            outcome = execute(made, listener)
+        index = update_index(request.store, registry(request.plugins))
+        output(tables.terminal(index, outcome.run_id))
+    if outcome.interrupted:
+        typer.echo(
+            f"Stopped. All that was measured is kept in {request.store}; the same command goes on "
+            "from there.",
+            err=True,
+        )
+    elif outcome.failed:
+        typer.echo(
+            f"{outcome.failed} cells failed. Which: python run.py sql "
+            "\"SELECT cell_id, method, error FROM comparison WHERE status <> 'ok'\"; "
+            "their logs: python run.py show cell ID",
+            err=True,
+        )
+    if outcome.failed or outcome.interrupted:
+        raise typer.Exit(1)
+
+
+def index_of(store: Path) -> Path:
+    """Return the index of a store.
+
+    Raises:
+        UsageError: There is none.
+    """
+    from results.store import Store as Results
+
+    index = Results(store).index_path
+    if not index.exists():
+        raise UsageError(
+            f"{store} holds no results: `python run.py` measures some, "
+            "`python run.py rebuild` makes the index where there are shards."
+        )
+    return index
+
+
+def registry(plugins: Sequence[Path] | None = None) -> Registry:
+    """Return what there is."""
+    from runner.registry import Registry
+
+    return Registry(plugins=tuple(plugins or ()))
+
+
+def console() -> Console:
+    """Return a console that cuts no table off where nobody can widen the window."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+
+
+def output(renderable: RenderableType) -> None:
+    """Print something of Rich's; without the padding at the ends of lines where nobody sees it."""
+    screen = console()
+    if screen.is_terminal:
+        screen.print(renderable)
+        return
+    with screen.capture() as captured:
+        screen.print(renderable)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
+
+
+@contextmanager
+def store_errors(code: int) -> Iterator[None]:
+    """Turn what is wrong with a store into a message: 2 if a name was wrong, 1 if the store is."""
+    from results.store import StoreError
+
+    try:
+        yield
+    except StoreError as error:
+        if code == 2:
+            raise UsageError(str(error)) from error
+        raise typer.TyperException(str(error)) from error
+
+
+def show_section(section: Section) -> None:
+    """Print a part of a description, facts as a list and everything else as a table."""
+    if section.title:
+        typer.echo(f"\n{section.title[0].upper()}{section.title[1:]}")
+    if set(section.rows[0]) == {"key", "value"}:
+        show_grid([list(row.values()) for row in section.rows])
+    else:
+        show_rows([without_empty(section.rows, row) for row in section.rows], "table")
+
+
+def without_empty(rows: Sequence[Mapping[str, str]], row: Mapping[str, str]) -> dict[str, str]:
+    """Return a row without the columns that are empty in all rows."""
+    return {key: value for key, value in row.items() if any(each[key] for each in rows)}
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], format: str) -> None:
+    """Print rows that share their keys."""
+    if format == "json":
+        typer.echo(json.dumps(list(rows), indent=2, ensure_ascii=False))
+        return
+    if not rows:
+        typer.echo("none")
+        return
+    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    show_grid(cells, [column.replace("_", " ") for column in rows[0]])
+
+
+def show_grid(cells: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> None:
+    """Print cells in columns; on a terminal they are folded to its width."""
+    cells = [[plain(cell) for cell in row] for row in cells]
+    if not sys.stdout.isatty():
+        widths = [
+            max(map(len, column))
+            for column in zip(*cells, *([heading] if heading else []), strict=True)
+        ]
+        if heading:
+            cells = [list(heading), ["-" * width for width in widths], *cells]
+        for row in cells:
+            padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            typer.echo("  ".join(padded).rstrip())
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD if heading else None, pad_edge=False, show_edge=False)
+    grid.show_header = bool(heading)
+    for place in range(len(cells[0])):
+        grid.add_column(heading[place] if heading else "", overflow="fold")
+    for row in cells:
+        grid.add_row(*map(Text, row))  # never read as markup, whatever stands in it
+    output(grid)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 fine; 1 a cell failed, or the user stopped it; 2 wrong usage.
+    """
+    try:
+        code = app(
+            args=None if arguments is None else list(arguments),
+            prog_name="run.py",
+            standalone_mode=False,
+        )
+    except UsageError as error:
+        return complain("UsageError", str(error), 2)
+    except typer.TyperException as error:
+        kind = "UsageError" if error.exit_code == 2 else "Error"
+        return complain(kind, error.format_message(), error.exit_code)
+    except typer.Abort:
+        return complain("Stopped", "nothing was being measured.", 1)
+    if code == CTRL_C:
+        return complain("Stopped", "nothing was being measured.", 1)
+    return code if isinstance(code, int) else 0
+
+
+def complain(kind: str, message: str, code: int) -> int:
+    """Say on stderr what was wrong, in as many lines as it has; returns the exit code."""
+    typer.echo(f"{kind}: " + "\n".join(map(plain, message.splitlines())), err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Everything there is to say about one method, task, model, hardware profile or suite."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.registry import Entry, Kind, Registry
+from runner.request import UsageError
+from runner.settings import parameters
+from runner.suites import load_suite
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a description: rows of text under a title.
+
+    Attributes:
+        title: Heading; empty for the first part.
+        rows: One mapping a row, all with the same keys.
+    """
+
+    title: str
+    rows: Sequence[Mapping[str, str]]
+
+
+def describe(registry: Registry, kind: Kind, name: str) -> list[Section]:
+    """Return what the files say, and for a method or task what its class says.
+
+    Raises:
+        UsageError: There is no such thing, or it cannot be read or imported.
+    """
+    if kind == "method":
+        return _method(registry, name)
+    if kind == "task":
+        return _task(registry, name)
+    if kind == "suite":
+        return _suite(registry, name)
+    entry = registry.find(kind, name)
+    return _tables({"name": entry.name, **entry.data(), "file": _place(entry, registry)})
+
+
+def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
+    """Return what was measured of one cell, how it ended, and where its output left the baseline's.
+
+    Args:
+        index_path: The DuckDB index.
+        cell_id: Its id, or enough of the start of it.
+
+    Raises:
+        UsageError: No cell begins so, or several do.
+        StoreError: There is no index.
+    """
+    from results.tables import connect
+
+    with connect(index_path) as connection:
+        found = connection.execute(
+            "SELECT comparison.*, divergences, notes, log_tail, cells.seconds, finished "
+            "FROM comparison JOIN cells USING (experiment_id, cell_id) "
+            "WHERE starts_with(cell_id, $id) ORDER BY created DESC, experiment_id",
+            {"id": cell_id},
+        )
+        names = [column[0] for column in found.description]
+        rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    cells = {row["cell_id"]: row["method"] for row in reversed(rows)}
+    if len(cells) != 1:
+        listed = ", ".join(f"{each[:12]} ({method})" for each, method in list(cells.items())[:5])
+        raise UsageError(
+            f"{len(cells)} cells begin with {cell_id!r}: {listed}. Give more of the id."
+            if cells
+            else f"no cell begins with {cell_id!r}. All of them: python run.py sql "
+            '"SELECT cell_id, method, task FROM comparison"'
+        )
+    cell = rows[0]  # measured more than once, the newest counts
+    parts = {name: json.loads(cell.pop(name) or "null") for name in ("notes", "seconds")}
+    divergences = json.loads(cell.pop("divergences") or "[]")
+    log = cell.pop("log_tail")
+    sections = [_facts("", cell)]
+    sections += [_facts(title, facts) for title, facts in parts.items() if facts]
+    if divergences:
+        sections.append(Section("Divergences", [_row(each) for each in divergences]))
+    if log:
+        sections.append(Section("Log", [{"line": line} for line in str(log).splitlines()]))
+    return sections
+
+
+def _method(registry: Registry, name: str) -> list[Section]:
+    entry = registry.find("method", name)
+    card = registry.card(name)
+    facts = {
+        "name": name,
+        "what": entry.title or card.title,
+        "family": entry.family,
+        "status": entry.status,
+        "file": _place(entry, registry),
+        "card": str(entry.card.relative_to(registry.root)) if entry.card else "",
+    }
+    sections = []
+    if entry.status == "ready":
+        cls = registry.load_method(name)
+        facts |= {
+            "role": cls.role,
+            "output": str(cls.output),
+            "takes": cls.capability,
+            "neutral at": _plain(cls.neutral) if cls.neutral is not None else "",
+        }
+        sections.append(Section("Parameters", [_row(asdict(each)) for each in parameters(cls)]))
+    if card.paper is not None:
+        sections.append(_facts("Paper", asdict(card.paper)))
+    if card.claim:
+        sections.append(Section("Claims", [_row(asdict(claim)) for claim in card.claim]))
+    return [_facts("", facts), *sections]
+
+
+def _task(registry: Registry, name: str) -> list[Section]:
+    entry = registry.find("task", name)
+    cls = registry.load_task(name)
+    facts = {
+        "name": name,
+        "what": entry.title,
+        "about": " ".join((inspect.getdoc(cls) or "").partition("Attributes:")[0].split()),
+        "file": _place(entry, registry),
+        "version": cls.version,
+        "scale": cls.scale,
+        "takes": cls.capability,
+        "needs": ", ".join(cls.needs),
+    }
+    metrics = [_row(asdict(metric)) for metric in cls().metrics]
+    return [
+        _facts("", facts),
+        _facts("Data", asdict(cls.data)),
+        Section("Metrics", metrics),
+        Section("Parameters", [_row(asdict(each)) for each in parameters(cls)]),
+    ]
+
+
+def _suite(registry: Registry, name: str) -> list[Section]:
+    suite = load_suite(name, registry)
+    facts = {
+        "name": name,
+        "title": suite.title,
+        "file": _place(registry.find("suite", name), registry),
+        "models": ", ".join(suite.models),
+        "hardware": suite.hardware,
+        "scenario": suite.scenario,
+        "seed": suite.seed,
+        "repeats": suite.repeats,
+        "timeout": f"{suite.timeout:g} s",
+    }
+    tasks = [{"task": task.spec, "items": str(task.limit or "all")} for task in suite.task]
+    methods = [{"method": method} for method in suite.methods]
+    return [_facts("", facts), Section("Tasks", tasks), Section("Methods", methods)]
+
+
+def _tables(data: Mapping[str, Any]) -> list[Section]:
+    """Return the plain keys of a TOML file, then a part for each of its tables."""
+    plain = {key: value for key, value in data.items() if not isinstance(value, dict)}
+    tables = [
+        _facts(key.replace("_", " "), value) for key, value in data.items() if key not in plain
+    ]
+    return [_facts("", plain), *tables]
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> Section:
+    rows = [
+        {"key": key.replace("_", " "), "value": _plain(value)}
+        for key, value in facts.items()
+        if value not in ("", None)
+    ]
+    return Section(title, rows)
+
+
+def _row(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_plain(each)}" for key, each in value.items()) or "its defaults"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    return str(value)
+
+
+def _place(entry: Entry, registry: Registry) -> str:
+    if entry.source is None:
+        return "" if entry.status == "planned" else f"package {entry.origin}"
+    if entry.source.is_relative_to(registry.root):
+        return str(entry.source.relative_to(registry.root))
+    return str(entry.source)

@@ -1,0 +1,56 @@
+"""Keys of cells: a hash over everything that can change an answer."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from runner.registry import ROOT
+
+# Raise it when the way of measuring changes so that old rows no longer compare with new ones.
+PROTOCOL_VERSION = 1
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def digest(value: Any) -> str:
+    """Return a SHA-256 of JSON-able data; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(paths: Iterable[Path]) -> str:
+    """Return a SHA-256 over the contents of files, in the order of their names."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def method_source(source: Path | None) -> str:
+    """Return a hash of a method's file and of the shared code beside it; "" for a package's own."""
+    if source is None or source.suffix != ".py":
+        return ""
+    # A method in the tree stands on its family's common modules; a plug-in stands alone.
+    beside = source.parent.glob("common*.py") if source.is_relative_to(ROOT / "methods") else []
+    return file_digest({source, *beside})
+
+
+@functools.cache
+def shared_source() -> str:
+    """Return a hash of the code that every cell runs: the models' room and the contracts."""
+    models = ROOT / "models"
+    return file_digest([*models.glob("*.py"), *models.glob("native/*.py"), *models.glob("native/*.c")])
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python and the libraries that can change an answer."""
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in _LIBRARIES
+    }

@@ -1,0 +1,97 @@
+"""What a worker is told: one experiment as plain data, written to a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.request import Scenario
+
+# Exit codes of a worker besides 0.
+RESTART = 75  # a cell failed: start again for the others
+BUSY = 76  # another worker holds the experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellSpec:
+    """One method of an experiment.
+
+    Attributes:
+        cell_id: Key over all that can change the answer.
+        method: Spec, `name[:key=value,…]`, defaults left out.
+        name: Its name alone.
+        params: Its hyper-parameters.
+        family, role, declared_output: For the record.
+    """
+
+    cell_id: str
+    method: str
+    name: str
+    params: dict[str, Any]
+    family: str
+    role: str
+    declared_output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSpec:
+    """One experiment: a baseline and its methods on the same task, model, hardware and seed.
+
+    Attributes:
+        experiment_id: Key of the whole; the shard's name.
+        run_id: Run that asks for it.
+        task, model: Specs.
+        hardware: Profile name, already settled.
+        items: Ids of the items to measure, in standard order.
+        groups: Group of each item.
+        cells: The baseline first.
+        store: Folder of the results.
+        plugins: Python files to load first.
+        sample_timeout: Seconds that one sample may take.
+        memory_bytes: Host memory of the worker.
+        calibration_seconds: Budget for measuring lat(N).
+        model_hash, task_hash, margin, quality_margin, scale: For the record.
+    """
+
+    experiment_id: str
+    run_id: str
+    task: str
+    model: str
+    hardware: str
+    scenario: Scenario
+    seed: int
+    repeats: int
+    items: list[str]
+    groups: list[str]
+    cells: list[CellSpec]
+    store: str
+    plugins: list[str] = field(default_factory=list)
+    sample_timeout: float = 120.0
+    memory_bytes: int = 0
+    calibration_seconds: float = 20.0
+    offline: bool = False
+    model_hash: str = ""
+    task_hash: str = ""
+    task_version: str = ""
+    margin: float = 0.05
+    quality_margin: float = 0.0
+    scale: str = "embedded"
+
+    @property
+    def title(self) -> str:
+        """Name for people."""
+        return f"{self.task} with {self.model}"
+
+    def write(self, path: Path) -> None:
+        """Write the spec as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> ExperimentSpec:
+        """Read a spec that `write` wrote."""
+        data = json.loads(path.read_text())
+        data["cells"] = [CellSpec(**cell) for cell in data["cells"]]
+        return cls(**data)

@@ -1,0 +1,217 @@
+"""Suites: a TOML file that names methods, tasks and models, read into a `Request`.
+
+```toml
+title = "What a laptop can measure in minutes"
+methods = ["autoregressive", "token-recycling:tree_nodes=32"]
+models = ["smollm2-135m"]
+repeats = 3                # and hardware, scenario, seed, timeout: all optional
+
+[[task]]
+spec = "humaneval:max_new_tokens=128"
+limit = 16                 # all items without it
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from runner.registry import Registry, read_toml
+from runner.request import SCENARIOS, Request, Scenario, UsageError
+from runner.settings import choose, from_table, parse_spec
+
+DEFAULT_SUITE = "embedded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteTask:
+    """A `[[task]]` table.
+
+    Attributes:
+        spec: `name[:key=value,…]`.
+        limit: Items; None for all.
+    """
+
+    spec: str
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A suite file, key by key.
+
+    Attributes:
+        title: One line for people.
+        methods: Specs; a baseline is added where the list has none.
+        models: Model ids.
+        task: The `[[task]]` tables.
+        hardware: `auto` or a profile's name.
+        scenario: How lengths are treated.
+        seed: Seed of order, sampling and resampling.
+        repeats: Measurements of each item and method.
+        timeout: Seconds that one sample may take.
+    """
+
+    title: str = ""
+    methods: tuple[str, ...]
+    models: tuple[str, ...]
+    task: tuple[SuiteTask, ...]
+    hardware: str = Request.hardware
+    scenario: Scenario = Request.scenario
+    seed: int = Request.seed
+    repeats: int = Request.repeats
+    timeout: float = Request.timeout
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "models", "task"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; a suite needs at least one.")
+        check_numbers(repeats=self.repeats, timeout=self.timeout)
+        self.limits()
+
+    def limits(self) -> dict[str, int]:
+        """Return the number of items of each task that has a limit.
+
+        Raises:
+            ValueError: One task has two limits.
+        """
+        limits: dict[str, int | None] = {}
+        for task in self.task:
+            name = parse_spec(task.spec).name
+            if limits.setdefault(name, task.limit) != task.limit:
+                raise ValueError(f"task {name!r} has two limits, {limits[name]} and {task.limit}.")
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def request(self, label: str) -> Request:
+        """Return what the suite asks the runner to do."""
+        return Request(
+            methods=self.methods,
+            tasks=tuple(task.spec for task in self.task),
+            models=self.models,
+            hardware=self.hardware,
+            limits=self.limits(),
+            seed=self.seed,
+            repeats=self.repeats,
+            scenario=self.scenario,
+            timeout=self.timeout,
+            label=label,
+        )
+
+
+def check_numbers(*, repeats: int, timeout: float, limit: int | None = None) -> None:
+    """Check what the types of a request do not.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}.")
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout must be a number of seconds above 0, got {timeout:g}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
+
+
+def load_suite(name: str, registry: Registry) -> Suite:
+    """Read a suite by its name below `suites/`, or by the path of a `.toml` file.
+
+    Raises:
+        UsageError: There is none, a key is unknown, missing or of the wrong type.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+    else:
+        found = registry.find("suite", name).source
+        assert found is not None  # every suite is a file
+        path = found
+    return from_table(Suite, read_toml(path), f"suite {name!r}")
+
+
+def make_request(
+    registry: Registry,
+    *,
+    suite: str | None = None,
+    methods: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    models: Sequence[str] = (),
+    hardware: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    repeats: int | None = None,
+    scenario: str | None = None,
+    store: Path = Request.store,
+    fresh: bool = False,
+    timeout: float | None = None,
+    offline: bool = False,
+) -> Request:
+    """Return the request that a suite and flags make together.
+
+    What no flag says comes from the suite, `embedded` unless another one is named. Methods, tasks
+    or models that are given replace the suite's; a bare name that the suite holds with parameters
+    stands for the suite's entry. The suite's limits hold for its own tasks, if it was named.
+
+    Raises:
+        UsageError: A flag is out of range, a name is unknown, or the suite is wrong. Parameters are
+            checked when methods and tasks are made.
+    """
+    base = load_suite(suite or DEFAULT_SUITE, registry).request(suite or DEFAULT_SUITE)
+    is_named = suite is not None
+    if scenario is not None:
+        choose("scenario", scenario, SCENARIOS)
+    request = replace(
+        base,
+        methods=_narrow(base.methods, methods, is_named),
+        tasks=_narrow(base.tasks, tasks, is_named),
+        models=_narrow(base.models, models, is_named),
+        hardware=hardware or base.hardware,
+        limit=limit,
+        limits=base.limits if is_named or not tasks else {},
+        seed=base.seed if seed is None else seed,
+        repeats=base.repeats if repeats is None else repeats,
+        scenario=cast(Scenario, scenario or base.scenario),
+        store=store,
+        fresh=fresh,
+        timeout=base.timeout if timeout is None else timeout,
+        offline=offline,
+        plugins=tuple(registry.plugins),
+        label=base.label if is_named or not (methods or tasks or models) else "",
+    )
+    try:
+        check_numbers(repeats=request.repeats, timeout=request.timeout, limit=limit)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _check_names(request, registry)
+    return request
+
+
+def _check_names(request: Request, registry: Registry) -> None:
+    """Look every name up, which takes no import: a slip of the pen should not wait for torch."""
+    for text in request.methods:
+        registry.find("method", parse_spec(text).name)
+    for text in request.tasks:
+        registry.find("task", parse_spec(text).name)
+    for text in request.models:
+        name = parse_spec(text).name
+        if not name.startswith(("hf:", "path:")):
+            registry.find("model", name)
+    if request.hardware != "auto":
+        registry.find("hardware", request.hardware)
+
+
+def _narrow(held: Sequence[str], wanted: Sequence[str], is_named: bool) -> tuple[str, ...]:
+    """Return the wanted specs, bare names replaced by what a named suite holds under them."""
+    if not wanted:
+        return tuple(held)
+    result: list[str] = []
+    for text in wanted:
+        spec = parse_spec(text)
+        same = [each for each in held if parse_spec(each).name == spec.name]
+        result += same if is_named and same and not spec.params else [text]
+    return tuple(result)

@@ -1,0 +1,585 @@
+"""The worker: one experiment in one process, interleaved sample by sample.
+
+It loads the model once, measures what a forward costs by its width, warms up, and then runs every
+method on every item back to back, in an order drawn from the seed. Each sample is on the disk
+before the next one begins. What a method breaks is its own cell: the failure is recorded and the
+process ends with `RESTART`, so that the others go on in a clean one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from hardware import ceilings, detect
+from hardware.meters import Meter, Reading
+from hardware.profile import Profile, StepCost
+from hardware.step_cost import measure_step_cost
+from methods.base import Method, Output
+from models.base import Forward, InvalidOutput, TextGenerator, Unsupported
+from models.loading import LoadSettings, load
+from results.records import (
+    CellRecord,
+    ExperimentRecord,
+    MetricRecord,
+    OutputCheck,
+    SampleRecord,
+    ScoreRecord,
+    Status,
+)
+from results.store import Store
+from runner.certificate import divergence, prompt_of, summary
+from runner.registry import Registry
+from runner.settings import build, parse_spec
+from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec
+from tasks.base import Item, Result, Task, Unscored
+
+# Warm-up ends when two rounds of the baseline differ by less, or after so many rounds.
+_FLAT = 0.1
+_WARMUP_ROUNDS = 4
+_LOG_LINES = 30
+# Contexts at which lat(N) is measured: a short prompt, and one with its answer.
+_CONTEXTS = (128, 384)
+_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 81)
+_ONE_TOKEN = Forward(width=1, context=0)
+
+
+def main(spec_path: Path, events: int | None = None) -> int:
+    """Run an experiment to its end.
+
+    Args:
+        spec_path: File written by `ExperimentSpec.write`.
+        events: File descriptor for progress, one JSON object a line; None for none.
+
+    Returns:
+        0 when every cell has ended, `RESTART` when a cell failed and others are left, `BUSY` when
+        another process measures this experiment.
+    """
+    spec = ExperimentSpec.read(spec_path)
+    _die_with_parent()
+    if spec.memory_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (spec.memory_bytes, spec.memory_bytes))
+    if spec.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    store = Store(Path(spec.store))
+    if store.is_sealed(spec.experiment_id):
+        store.seal(spec.experiment_id)  # clears what a kill in the middle of sealing left
+        return 0
+    with _exclusive(store, spec.experiment_id) as is_ours:
+        if not is_ours:
+            return BUSY
+        return _Worker(spec, store, _Events(events)).run()
+
+
+class _Events:
+    """Tells the parent what happens, so that it knows whose fault a death is."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def __call__(self, kind: str, **data: Any) -> None:
+        if self._descriptor is not None:
+            line = json.dumps({"kind": kind, **data}, default=str) + "\n"
+            try:
+                os.write(self._descriptor, line.encode())
+            except BrokenPipeError:
+                sys.exit(1)  # nobody is there to answer to
+
+
+@dataclass
+class _Cell:
+    """A cell while it is measured."""
+
+    spec: CellSpec
+    method: Method[Any]
+    is_open: bool = True
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class _Measured(NamedTuple):
+    """A sample: what came back, what it took, and when it began (`time.perf_counter`)."""
+
+    result: Result
+    reading: Reading
+    started: float
+
+
+class _Restart(Exception):  # noqa: N818  # a signal, no error
+    """A cell has failed, and this process cannot be trusted with the others."""
+
+
+class _Worker:
+    def __init__(self, spec: ExperimentSpec, store: Store, tell: _Events) -> None:
+        self.spec = spec
+        self.store = store
+        self.tell = tell
+        self.started = time.perf_counter()
+        self.phases: dict[str, float] = {}
+        self.registry = Registry(tuple(Path(path) for path in spec.plugins))
+        task = parse_spec(spec.task)
+        self.task: Task[Any] = build(
+            self.registry.load_task(task.name), task.params, f"task {task.name!r}"
+        )
+        by_id = {item.id: item for item in self.task.items()}
+        self.items = [by_id[item_id] for item_id in spec.items]
+
+    def run(self) -> int:
+        with self._phase("loading"):
+            model_spec = parse_spec(self.spec.model)
+            settings = build(LoadSettings, model_spec.params, f"model {model_spec.name!r}")
+            self.model = load(model_spec.name, settings, offline=self.spec.offline)
+            self.profile = ceilings.measured(detect.select(self.spec.hardware))
+            self.meter = Meter(self.profile)
+        with self._phase("calibrating"):
+            step_cost = self._begin()
+            self.profile = replace(self.profile, step_cost=step_cost)
+        ended = {cell.cell_id: cell for cell in self.store.cells(self.spec.experiment_id)}
+        self.cells = [
+            _Cell(cell, self._method(cell), is_open=cell.cell_id not in ended)
+            for cell in self.spec.cells
+        ]
+        try:
+            with self._phase("warming up"):
+                self._warm_up()
+            with self._phase("measuring"):
+                self._measure_all()
+        except _Restart:
+            return RESTART
+        with self._phase("scoring"):
+            self._score()
+        self._finish()
+        return 0
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.tell("phase", phase=name)
+        before = time.perf_counter()
+        yield
+        self.phases[name] = time.perf_counter() - before
+
+    def _method(self, cell: CellSpec) -> Method[Any]:
+        spec = parse_spec(cell.method)
+        return build(self.registry.load_method(spec.name), spec.params, f"method {spec.name!r}")
+
+    # Beginning
+
+    def _begin(self) -> StepCost | None:
+        """Write the experiment's record, or take up the one that is there; return lat(N)."""
+        if (self.store.shard(self.spec.experiment_id) / "experiment.json").exists():
+            curve = self.store.experiment(self.spec.experiment_id).step_cost
+        else:
+            measured = self._calibrate()
+            curve = vars(measured) if measured else None
+            self.store.write_experiment(self._experiment_record(curve))
+        if curve is None:
+            return None
+        return StepCost(
+            widths=tuple(curve["widths"]),
+            contexts=tuple(curve["contexts"]),
+            seconds=tuple(tuple(row) for row in curve["seconds"]),
+        )
+
+    def _calibrate(self) -> StepCost | None:
+        from models.draft_tree import DraftTree
+
+        model: TextGenerator = self.model
+        room = model.facts.max_positions
+        contexts = [context for context in _CONTEXTS if context + _WIDTHS[-1] <= room]
+        widths = [width for width in _WIDTHS if width + (contexts or [1])[0] <= room]
+        draw = random.Random(0)
+
+        def tokens(count: int) -> list[int]:
+            return [draw.randrange(model.facts.vocab_size) for _ in range(count)]
+
+        def prepare(context: int) -> Any:
+            session = model.session(context + widths[-1])
+            session.prefill(tokens(context))
+            trees = {width: DraftTree.chain(tokens(1)[0], tokens(width - 1)) for width in widths}
+            return lambda width: session.verify(trees[width])
+
+        return measure_step_cost(
+            prepare,
+            widths=widths,
+            contexts=contexts or [1],
+            budget_seconds=self.spec.calibration_seconds,
+            seed=self.spec.seed,
+            synchronize=model.synchronize,
+        )
+
+    def _experiment_record(self, step_cost: dict[str, Any] | None) -> ExperimentRecord:
+        spec, facts = self.spec, self.model.facts
+        return ExperimentRecord(
+            experiment_id=spec.experiment_id,
+            run_id=spec.run_id,
+            task=parse_spec(spec.task).name,
+            task_params=self.task.parameters(),
+            task_version=spec.task_version,
+            task_hash=spec.task_hash,
+            model=parse_spec(spec.model).name,
+            model_params=dict(parse_spec(spec.model).params),
+            model_hash=spec.model_hash,
+            hardware=spec.hardware,
+            scenario=spec.scenario,
+            seed=spec.seed,
+            scale=spec.scale,
+            margin=spec.margin,
+            quality_margin=spec.quality_margin,
+            items=spec.items,
+            groups=spec.groups,
+            repeats=spec.repeats,
+            baseline=spec.cells[0].cell_id,
+            cells=[cell.cell_id for cell in spec.cells],
+            metrics=[MetricRecord(**vars(metric)) for metric in self.task.metrics],
+            step_cost=step_cost,
+            environment={**detect.environment(), **_ceiling_columns(self.profile)},
+            facts={
+                "weight_bytes": facts.weight_bytes,
+                "dtype": facts.dtype,
+                "kernels": self.model.kernels,
+                "matrix_parameters": facts.matrix_parameters,
+                "kv_bytes_per_token": facts.kv_read(_ONE_TOKEN),
+            },
+            created=_now(),
+        )
+
+    # Measuring
+
+    def _warm_up(self) -> None:
+        """Run held-out items with every method until the baseline's times are flat."""
+        items = list(self.task.warmup_items())
+        before = 0.0
+        for item in (items[round_ % len(items)] for round_ in range(_WARMUP_ROUNDS)):
+            now = 0.0
+            for index, cell in enumerate(self.cells):
+                measured = self._guarded(cell, item) if cell.is_open else None
+                if index == 0 and measured:
+                    now = measured.reading.seconds / max(1, len(measured.result.token_ids))
+            if before and abs(now - before) <= _FLAT * before:
+                break
+            before = now
+        for cell in self.cells:
+            if cell.method.state_policy != "hot":
+                cell.method.reset_state()
+
+    def _measure_all(self) -> None:
+        spec = self.spec
+        done = {
+            (sample.cell_id, sample.item_id, sample.repeat)
+            for sample in self.store.samples(spec.experiment_id)
+        }
+        total = len(spec.items) * spec.repeats * len(self.cells)
+        count = len(done)
+        with self.store.samples_journal(spec.experiment_id) as journal:
+            for item in self.items:
+                for repeat in range(spec.repeats):
+                    for position, index in enumerate(_order(spec, item.id, repeat)):
+                        cell = self.cells[index]
+                        if not cell.is_open:
+                            continue
+                        if (cell.spec.cell_id, item.id, repeat) in done:
+                            # What was measured before an interruption also taught the method.
+                            if cell.method.state_policy != "cold":
+                                self._guarded(cell, item)
+                            continue
+                        measured = self._guarded(cell, item)
+                        if measured is None:
+                            continue
+                        cell.notes.update(measured.result.trace.notes)
+                        journal.append(self._sample(cell, item, repeat, position, measured))
+                        count += 1
+                        self.tell(
+                            "sample",
+                            cell=cell.spec.cell_id,
+                            method=cell.spec.method,
+                            item=item.id,
+                            done=count,
+                            total=total,
+                            seconds=measured.reading.seconds,
+                        )
+
+    def _guarded(self, cell: _Cell, item: Item) -> _Measured | None:
+        """Measure one sample; whatever a method does wrong ends its own cell.
+
+        Returns:
+            None if the method declined the model, which ends its cell too.
+        """
+        self.tell("begin", cell=cell.spec.cell_id, method=cell.spec.method, item=item.id)
+        try:
+            return self._measure(cell, item)
+        except Exception as error:  # the one broad except: any failure of a method is a result
+            status = _status(error)
+            self._end_cell(cell, status, _one_line(error), traceback.format_exc())
+            if status == "unsupported":
+                return None
+            raise _Restart from error
+
+    def _measure(self, cell: _Cell, item: Item) -> _Measured:
+        fixed_length = self.spec.scenario == "fixed-length"
+        before = time.perf_counter()
+        with cell.method.apply(self.model, self.profile) as changed:
+            entered = time.perf_counter()
+
+            def call() -> tuple[float, Result]:
+                started = time.perf_counter()
+                return started, self.task.call(changed, item, fixed_length=fixed_length)
+
+            (started, result), reading = self.meter.measure(call)
+            called = time.perf_counter()
+        cell.seconds["apply"] += entered - before + time.perf_counter() - called
+        cell.seconds["measured"] += reading.seconds
+        _check_result(result, self.model)
+        return _Measured(result, reading, started)
+
+    def _sample(
+        self, cell: _Cell, item: Item, repeat: int, position: int, measured: _Measured
+    ) -> SampleRecord:
+        result, reading = measured.result, measured.reading
+        trace = result.trace
+        ids = list(result.token_ids)
+        forwards = trace.forwards
+        is_told = bool(forwards) or bool(trace.prefill)
+        curve = self.profile.step_cost
+        prefilled = trace.marks.get("prefill")
+        return SampleRecord(
+            cell_id=cell.spec.cell_id,
+            item_id=item.id,
+            repeat=repeat,
+            position=position,
+            seconds=reading.seconds,
+            device_seconds=reading.device_seconds,
+            cpu_seconds=reading.cpu_seconds,
+            prefill_seconds=prefilled - measured.started if prefilled else None,
+            output_tokens=len(ids),
+            decode_tokens=max(0, len(ids) - 1),
+            target_forwards=len(forwards) if is_told else None,
+            forward_tokens=sum(forward.width for forward in forwards) if is_told else None,
+            draft_forwards=trace.draft_forwards if is_told else None,
+            accepted_tokens=sum(trace.accepted) if is_told else None,
+            flops=trace.flops if is_told else None,
+            kv_bytes=trace.kv_bytes if is_told else None,
+            peak_bytes=reading.peak_bytes,
+            energy_j=reading.energy_j,
+            bound_seconds=sum(curve.at(forward.width, forward.context) for forward in forwards)
+            if curve and is_told
+            else None,
+            output_digest=hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+            output=result.text,
+            output_ids=ids,
+        )
+
+    # Ending
+
+    def _end_cell(self, cell: _Cell, status: Status, error: str, log: str = "") -> None:
+        cell.is_open = False
+        record = self._cell_record(cell, status, error, "\n".join(log.splitlines()[-_LOG_LINES:]))
+        self.store.write_cell(record)
+        self.tell("cell", cell=cell.spec.cell_id, method=cell.spec.method, status=status, detail=error)
+
+    def _cell_record(
+        self, cell: _Cell, status: Status, error: str = "", log_tail: str = ""
+    ) -> CellRecord:
+        spec = cell.spec
+        return CellRecord(
+            cell_id=spec.cell_id,
+            experiment_id=self.spec.experiment_id,
+            method=spec.name,
+            params=spec.params,
+            family=spec.family,
+            role=spec.role,
+            declared_output=spec.declared_output,
+            status=status,
+            error=error,
+            log_tail=log_tail,
+            notes={**cell.notes, "state": cell.method.state_policy},
+            seconds={**cell.seconds, **self.phases},
+            finished=_now(),
+        )
+
+    def _score(self) -> None:
+        """Score each distinct output of an item once; what was scored before stays."""
+        spec = self.spec
+        known = {(s.cell_id, s.item_id) for s in self.store.scores(spec.experiment_id)}
+        by_id = {item.id: item for item in self.items}
+        cache: dict[tuple[str, str], list[ScoreRecord]] = {}
+        with self.store.scores_journal(spec.experiment_id) as journal:
+            for sample in self.store.samples(spec.experiment_id):
+                if sample.repeat or (sample.cell_id, sample.item_id) in known:
+                    continue
+                key = (sample.item_id, sample.output)
+                if key not in cache:
+                    scored = self.task.score_with_detail(by_id[sample.item_id], sample.output)
+                    cache[key] = [
+                        ScoreRecord(
+                            cell_id="",
+                            item_id=sample.item_id,
+                            metric=metric,
+                            value=None if isinstance(value, Unscored) else float(value),
+                            unscored=value.reason if isinstance(value, Unscored) else "",
+                            detail=scored.detail,
+                        )
+                        for metric, value in scored.scores.items()
+                    ]
+                for record in cache[key]:
+                    journal.append(replace(record, cell_id=sample.cell_id))
+
+    def _finish(self) -> None:
+        outputs: dict[str, dict[str, list[int]]] = defaultdict(dict)
+        for sample in self.store.samples(self.spec.experiment_id):
+            if sample.repeat == 0:
+                outputs[sample.cell_id][sample.item_id] = sample.output_ids
+        baseline = outputs[self.spec.cells[0].cell_id]
+        wall = time.perf_counter() - self.started
+        measured = sum(cell.seconds["measured"] for cell in self.cells)
+        harness = self.phases["measuring"] + self.phases["warming up"] - measured
+        self.phases |= {"wall": wall, "harness": max(0.0, harness)}
+        for cell in self.cells:
+            if not cell.is_open:
+                continue
+            record = self._cell_record(cell, "ok")
+            check: OutputCheck | None = None
+            divergences: list[dict[str, Any]] = []
+            if cell.spec.declared_output != Output.IDENTICAL:
+                check = cast(OutputCheck, cell.spec.declared_output)
+            elif baseline:
+                divergences = self._divergences(baseline, outputs[cell.spec.cell_id])
+                check = summary(divergences)
+            if check == "violation":
+                record = replace(record, status="failed", error=_violation(divergences))
+            record = replace(record, output_check=check, divergences=divergences)
+            self.store.write_cell(record)
+            self.tell(
+                "cell",
+                cell=record.cell_id,
+                method=cell.spec.method,
+                status=record.status,
+                detail=record.error,
+            )
+        self.store.seal(self.spec.experiment_id)
+
+    def _divergences(
+        self, baseline: dict[str, list[int]], method: dict[str, list[int]]
+    ) -> list[dict[str, Any]]:
+        found = []
+        for item in self.items:
+            ours, theirs = baseline.get(item.id), method.get(item.id)
+            if ours is None or theirs is None or ours == theirs:
+                continue
+            prompt_ids = prompt_of(self.task, self.model, item)
+            if difference := divergence(self.model, prompt_ids, ours, theirs):
+                found.append({"item_id": item.id, **difference})
+        return found
+
+
+def _order(spec: ExperimentSpec, item_id: str, repeat: int) -> list[int]:
+    """Return the order of the cells for one item: random by seed, reversed in every second repeat."""
+    draw = random.Random(f"{spec.seed} {item_id} {repeat // 2}")
+    order = list(range(len(spec.cells)))
+    draw.shuffle(order)
+    return order[::-1] if repeat % 2 else order
+
+
+def _status(error: Exception) -> Status:
+    """Return what kind of ending an exception is."""
+    import torch
+
+    if isinstance(error, Unsupported):
+        return "unsupported"
+    if isinstance(error, InvalidOutput):
+        return "invalid-output"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "oom-device"
+    # torch's CPU allocator has no exception of its own.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "oom-host"
+    return "failed"
+
+
+def _check_result(result: object, model: TextGenerator) -> None:
+    """Refuse what cannot be a result of a text task.
+
+    Raises:
+        InvalidOutput: With what is wrong.
+    """
+    missing = [name for name in ("text", "token_ids", "trace") if not hasattr(result, name)]
+    if missing:
+        raise InvalidOutput(f"the call returned a {type(result).__name__} without {missing}.")
+    ids = cast(Result, result).token_ids
+    wrong = [each for each in ids if not isinstance(each, int) or each not in _vocabulary(model)]
+    if wrong:
+        raise InvalidOutput(f"{wrong[0]!r} is no token of a vocabulary of {model.facts.vocab_size}.")
+    if not isinstance(cast(Result, result).text, str):
+        raise InvalidOutput("the call returned a text that is no string.")
+
+
+def _vocabulary(model: TextGenerator) -> range:
+    return range(model.facts.vocab_size)
+
+
+def _violation(divergences: Sequence[dict[str, Any]]) -> str:
+    worst = [found for found in divergences if found["verdict"] == "violation"]
+    first = worst[0]
+    return (
+        f"declared identical, but {len(worst)} items differ from the baseline beyond a tie; first "
+        f"at token {first['position']} of {first['item_id']} (gap {first['top2_gap']})"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    return text if isinstance(error, (Unsupported, InvalidOutput)) and text else f"{kind}: {text}"
+
+
+def _ceiling_columns(profile: Profile) -> dict[str, Any]:
+    measured = profile.ceilings
+    if measured is None:
+        return {}
+    return {
+        "read_bandwidth": measured.read_bandwidth,
+        "copy_bandwidth": measured.copy_bandwidth,
+        **{f"matmul_flops_{dtype}": value for dtype, value in measured.matmul_flops.items()},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process with the one that started it (Linux only)."""
+    try:
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return
+
+
+@contextmanager
+def _exclusive(store: Store, experiment_id: str) -> Iterator[bool]:
+    """Hold the experiment: yield False if another process does."""
+    locks = store.path / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / experiment_id).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from runner.registry import Registry
+from runner.request import Request, UsageError
+from runner.settings import build, parse_spec
+from runner.suites import Suite, load_suite, make_request
+
+GOOD = """
+title = "A suite"
+methods = ["autoregressive", "token-recycling:tree_nodes=8", "token-recycling:tree_nodes=32"]
+models = ["smollm2-135m"]
+repeats = 3
+timeout = 60
+scenario = "fixed-length"
+
+[[task]]
+spec = "humaneval:max_new_tokens=64"
+limit = 5
+
+[[task]]
+spec = "humaneval-mini"
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> str:
+    path = tmp_path / "suite.toml"
+    path.write_text(GOOD, encoding="utf-8")
+    return str(path)
+
+
+def test_a_suite_file_becomes_a_request(suite):
+    assert make_request(Registry(), suite=suite) == Request(
+        methods=(
+            "autoregressive",
+            "token-recycling:tree_nodes=8",
+            "token-recycling:tree_nodes=32",
+        ),
+        tasks=("humaneval:max_new_tokens=64", "humaneval-mini"),
+        models=("smollm2-135m",),
+        limits={"humaneval": 5},
+        repeats=3,
+        timeout=60.0,
+        scenario="fixed-length",
+        label=suite,
+    )
+
+
+def test_every_field_of_a_request_that_a_suite_can_set_has_the_same_default():
+    shared = {f.name: f for f in dataclasses.fields(Request)} | {}
+    for each in dataclasses.fields(Suite):
+        if each.name in shared and each.default is not dataclasses.MISSING:
+            assert each.default == shared[each.name].default
+
+
+def test_flags_win_over_the_suite(suite):
+    request = make_request(
+        Registry(),
+        suite=suite,
+        models=["path:/m"],
+        hardware="l4",
+        limit=2,
+        seed=7,
+        repeats=1,
+        scenario="latency",
+        timeout=9.0,
+        store=Path("s"),
+        fresh=True,
+        offline=True,
+    )
+    assert request.models == ("path:/m",)
+    assert (request.hardware, request.limit, request.seed, request.repeats) == ("l4", 2, 7, 1)
+    assert (request.scenario, request.timeout, request.store) == ("latency", 9.0, Path("s"))
+    assert request.fresh
+    assert request.offline
+
+
+def test_a_bare_name_stands_for_the_entries_of_a_named_suite(suite):
+    request = make_request(
+        Registry(), suite=suite, methods=["token-recycling"], tasks=["humaneval"]
+    )
+    assert request.methods == ("token-recycling:tree_nodes=8", "token-recycling:tree_nodes=32")
+    assert request.tasks == ("humaneval:max_new_tokens=64",)
+    assert request.limits == {"humaneval": 5}
+
+
+def test_a_name_with_parameters_is_taken_as_it_is(suite):
+    request = make_request(Registry(), suite=suite, methods=["token-recycling:tree_nodes=3"])
+    assert request.methods == ("token-recycling:tree_nodes=3",)
+
+
+def test_without_a_named_suite_a_task_is_run_whole_and_as_it_is():
+    request = make_request(Registry(), tasks=["humaneval"])
+    assert request.tasks == ("humaneval",)
+    assert request.limits == {}
+    assert request.models == ("smollm2-135m",)
+    assert request.label == ""
+
+
+def test_no_flag_at_all_is_the_embedded_suite():
+    assert make_request(Registry()) == make_request(Registry(), suite="embedded")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("methods =", "method =", "has no key 'method'. Did you mean 'methods'?"),
+        ("repeats =", "repeat =", "has no key 'repeat'. Did you mean 'repeats'?"),
+        ("spec =", "name =", "task[0] has no key 'name'"),
+        ('models = ["smollm2-135m"]', "", "needs 'models'"),
+        ('models = ["smollm2-135m"]', "models = []", "models is empty"),
+        ('models = ["smollm2-135m"]', 'models = "smollm2-135m"', "models must be list of text"),
+        ("repeats = 3", "repeats = 0", "repeats must be at least 1, got 0"),
+        ("repeats = 3", "repeats = 1.5", "repeats must be int, got 1.5"),
+        ("timeout = 60", "timeout = -1", "timeout must be a number of seconds above 0, got -1"),
+        ("timeout = 60", "timeout = inf", "timeout must be a number of seconds above 0, got inf"),
+        ("fixed-length", "fixed", "scenario must be latency or throughput or fixed-length"),
+        ("limit = 5", "limit = 0", "limit must be at least 1, got 0"),
+        ("limit = 5", 'limit = "5"', "limit must be int or none, got '5'"),
+        ("humaneval-mini", "humaneval", "task 'humaneval' has two limits, 5 and None"),
+        ("[[task]]", "[[task", "is no valid TOML"),
+    ],
+)
+def test_a_wrong_suite_is_refused_with_the_reason(suite, old, new, message):
+    path = Path(suite)
+    assert old in GOOD
+    path.write_text(GOOD.replace(old, new), encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        make_request(Registry(), suite=suite)
+    assert message in str(error.value)
+
+
+def test_a_suite_that_does_not_exist_brings_the_nearest():
+    with pytest.raises(UsageError, match=r"no suite named 'embeded'\. Did you mean 'embedded'\?"):
+        make_request(Registry(), suite="embeded")
+    with pytest.raises(UsageError, match=r"cannot read nowhere\.toml"):
+        make_request(Registry(), suite="nowhere.toml")
+
+
+def test_a_flag_out_of_range_is_refused():
+    with pytest.raises(UsageError, match="timeout must be a number of seconds above 0, got 0"):
+        make_request(Registry(), timeout=0.0)
+    with pytest.raises(UsageError, match=r"scenario must be one of .* Did you mean 'throughput'\?"):
+        make_request(Registry(), scenario="troughput")
+
+
+@pytest.mark.parametrize("name", Registry().entries("suite"))
+def test_every_suite_of_the_tree_names_things_that_exist(name):
+    registry = Registry()
+    suite = load_suite(name, registry)
+    for text in suite.methods:
+        spec = parse_spec(text)
+        build(registry.load_method(spec.name), spec.params, f"method {spec.name!r}")
+    for task in suite.task:
+        spec = parse_spec(task.spec)
+        build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")
+    for model in suite.models:
+        registry.find("model", parse_spec(model).name)
