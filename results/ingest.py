@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from results import schema
 from results.records import RunRecord
-from results.store import MANIFEST, Store, StoreError, publish, temporary_path
+from results.store import Store, StoreError, publish, temporary_path
 from results.summary import Aggregate, summarize
 from results.tables import connect
 from results.text import json_text
@@ -192,19 +192,21 @@ def _fill(
 ) -> list[str]:
     problems = []
     known: dict[str, str | None] = dict(
-        connection.execute("SELECT experiment_id, manifest_sha256 FROM experiments").fetchall()
+        connection.execute("SELECT experiment_id, content_sha256 FROM experiments").fetchall()
     )
     present = store.experiment_ids()
     for experiment_id in sorted(known.keys() - set(present)):
         _forget(connection, experiment_id)
     rows: dict[str, list[dict[str, Any]]] = {table: [] for table in schema.TABLES}
     for experiment_id in present:
-        manifest_sha256 = _manifest_sha256(store, experiment_id)
-        if manifest_sha256 is not None and known.get(experiment_id) == manifest_sha256:
+        # Taken before reading: what a runner appends meanwhile makes the next ingest read again.
+        content = store.content_sha256(experiment_id)
+        if known.get(experiment_id) == content:
             continue
-        _forget(connection, experiment_id)
+        if experiment_id in known:
+            _forget(connection, experiment_id)
         try:
-            _read_shard(connection, store, experiment_id, manifest_sha256, aggregates, rows)
+            _read_shard(connection, store, experiment_id, content, aggregates, rows)
         except StoreError as error:
             problems.append(str(error))
     for run in _readable_runs(store, problems):
@@ -224,8 +226,8 @@ def _fill(
     if claims is not None:
         connection.execute("DELETE FROM claims")
         rows["claims"] = [_claim_row(claim) for claim in claims]
-    for table, content in rows.items():
-        _insert(connection, table, content)
+    for table, table_rows in rows.items():
+        _insert(connection, table, table_rows)
     connection.execute(
         "DELETE FROM environments WHERE environment_id NOT IN "
         "(SELECT environment_id FROM experiments)"
@@ -237,12 +239,13 @@ def _read_shard(
     connection: duckdb.DuckDBPyConnection,
     store: Store,
     experiment_id: str,
-    manifest_sha256: str | None,
+    content_sha256: str,
     aggregates: Mapping[str, Aggregate],
     rows: dict[str, list[dict[str, Any]]],
 ) -> None:
     """Add an experiment: big tables at once, rows of small ones to `rows`."""
-    if manifest_sha256 is not None and (damage := store.damage(experiment_id)):
+    is_sealed = store.is_sealed(experiment_id)
+    if is_sealed and (damage := store.damage(experiment_id)):
         raise StoreError(f"{damage[0]} Restore the shard from a copy, or discard it.")
     experiment = store.experiment(experiment_id)
     cells = list(store.cells(experiment_id))
@@ -258,7 +261,8 @@ def _read_shard(
         | {
             "items": len(experiment.items),
             "environment_id": environment_id,
-            "manifest_sha256": manifest_sha256,
+            "manifest_sha256": content_sha256 if is_sealed else None,
+            "content_sha256": content_sha256,
         }
     )
     rows["cells"] += [_public_row("cells", cell) for cell in cells]
@@ -335,9 +339,3 @@ def _claim_row(claim: Mapping[str, Any]) -> dict[str, Any]:
     row = {key: value for key, value in named.items() if key in columns and key != "extra"}
     extra = {key: value for key, value in named.items() if key not in row}
     return row | {"extra": json_text(extra)}
-
-
-def _manifest_sha256(store: Store, experiment_id: str) -> str | None:
-    if not store.is_sealed(experiment_id):
-        return None
-    return hashlib.sha256((store.shard(experiment_id) / MANIFEST).read_bytes()).hexdigest()

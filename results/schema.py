@@ -51,6 +51,7 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "facts": "JSON",
         "created": "VARCHAR",
         "manifest_sha256": "VARCHAR",  # NULL as long as the shard is not sealed
+        "content_sha256": "VARCHAR",  # of all its files, to know whether it grew since
     },
     "cells": {
         "cell_id": "VARCHAR",

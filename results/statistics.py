@@ -22,7 +22,14 @@ makes it worse, since its acceleration is itself a guess from few items.
 
 **Which verdict.** A table holds dozens of comparisons, and an interval of 95% is wrong about one in
 twenty. So a difference is only called where the 99% interval, made in the same way, lies beyond the
-margin; for "the same" the printed 95% interval decides.
+margin; for "the same" the printed 95% interval decides. Share of comparisons of a method with
+itself that are then called different, margin 5%, 1500 trials each, and what the 95% interval would
+have called:
+
+    noise of a sample            10%                20%                30%
+    n = 8                        0.0% (0.3%)        0.1% (1.5%)        0.3% (2.3%)
+    n = 16                       0.1% (0.1%)        0.1% (1.1%)        0.4% (1.7%)
+    n = 24                       0.0% (0.0%)        0.1% (0.7%)        0.1% (1.3%)
 
 Everything is deterministic: resamples depend on the number of items alone.
 """

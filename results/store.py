@@ -389,6 +389,19 @@ class Store:
                     newest[cell.cell_id] = candidate
         return {cell_id: experiment_id for cell_id, (_, experiment_id) in newest.items()}
 
+    def content_sha256(self, experiment_id: str) -> str:
+        """Return a hash that changes with the shard: of its manifest, or of all that may grow."""
+        shard = self.shard(experiment_id)
+        if self.is_sealed(experiment_id):
+            return str(_fingerprint(shard / MANIFEST)["sha256"])
+        names = ["experiment.json", f"{SAMPLES}.jsonl", f"{SCORES}.jsonl"]
+        names += [f"cells/{path.name}" for path in sorted((shard / "cells").glob("[!.]*.json"))]
+        digest = hashlib.sha256()
+        for name in names:
+            if (shard / name).exists():
+                digest.update(f"{name} {_fingerprint(shard / name)['sha256']} ".encode())
+        return digest.hexdigest()
+
     def damage(self, experiment_id: str) -> list[str]:
         """Compare a sealed shard with its manifest; return a sentence for each difference."""
         shard = self.shard(experiment_id)

@@ -73,11 +73,12 @@ def interval(value: str, low: str, high: str) -> str:
 def plain(text: str) -> str:
     r"""Return text that moves no cursor and hides nothing: control characters become `\x1b`.
 
-    Also those that reverse the direction of reading, and lone surrogates.
+    Also those that reverse the direction of reading, line separators and lone surrogates. Spaces of
+    all widths stay.
     """
     return "".join(
         character
-        if unicodedata.category(character)[0] not in "C"
+        if character.isprintable() or unicodedata.category(character) == "Zs"
         else character.encode("unicode_escape").decode("ascii")
         for character in text
     )

@@ -93,7 +93,7 @@ def _method(registry: Registry, name: str) -> list[Section]:
     card = registry.card(name)
     facts = {
         "name": name,
-        "what": entry.title or card.title,
+        "what": entry.title,
         "family": entry.family,
         "status": entry.status,
         "file": _place(entry, registry),
@@ -109,10 +109,9 @@ def _method(registry: Registry, name: str) -> list[Section]:
             "neutral at": _plain(cls.neutral) if cls.neutral is not None else "",
         }
         sections.append(Section("Parameters", [_row(asdict(each)) for each in parameters(cls)]))
-    if card.paper is not None:
+    if card is not None:
         sections.append(_facts("Paper", asdict(card.paper)))
-    if card.claim:
-        sections.append(Section("Claims", [_row(asdict(claim)) for claim in card.claim]))
+        sections.append(Section("Claims", [_row(asdict(claim)) for claim in card.claims]))
     return [_facts("", facts), *sections]
 
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from methods.base import Claim, Method, Paper
+from methods.base import Method
+from methods.cards import Card, CardError, load_card, load_paper
 from runner.request import UsageError
-from runner.settings import from_table, name_of, unknown
+from runner.settings import name_of, unknown
 from tasks.base import Task
 
 if TYPE_CHECKING:
@@ -65,30 +66,13 @@ class Entry:
     origin: str = "tree"
 
     def data(self) -> dict[str, Any]:
-        """Return the TOML of a model, hardware profile or suite, or of a method's card.
+        """Return the TOML of a model, hardware profile or suite.
 
         Raises:
-            UsageError: There is none, or it is no TOML.
+            UsageError: It is no TOML.
         """
-        path = self.card or self.source
-        if path is None or path.suffix != ".toml":
-            raise UsageError(f"{self.kind} {self.name!r} has no .toml file.")
-        return read_toml(path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What the `.toml` beside a method says: the paper and its claims.
-
-    Attributes:
-        title: One line for people, for methods without a paper.
-        paper: None for baselines and controls that come from no paper.
-        claim: Every number of the paper that may be checked.
-    """
-
-    title: str = ""
-    paper: Paper | None = None
-    claim: tuple[Claim, ...] = ()
+        assert self.source is not None  # all of these are files
+        return read_toml(self.source)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -97,22 +81,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: It cannot be read or is no TOML; says where.
     """
-    return _parse_toml(path, _read(path))
-
-
-def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text: {error}.") from error
-
-
-def _parse_toml(path: Path, text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no valid TOML: {error}.") from error
 
 
@@ -181,23 +154,25 @@ class Registry:
         """
         return self._load("task", name, Task)  # type: ignore[type-abstract]  # as above
 
-    def card(self, name: str) -> Card:
-        """Return what is written beside a method; empty for one without a `.toml`.
+    def card(self, name: str) -> Card | None:
+        """Return what is written beside a method; None for one without a `.toml`.
 
         Raises:
-            UsageError: A key is unknown, missing, or of the wrong type.
+            UsageError: There is no such method, or its card is not as it must be.
         """
-        entry = self.find("method", name)
-        if entry.card is None:
-            return Card(title=entry.title)
-        return from_table(Card, entry.data(), self._relative(entry.card))
+        path = self.find("method", name).card
+        try:
+            return None if path is None else load_card(path)
+        except CardError as error:
+            raise UsageError(str(error)) from error
 
     def claims(self) -> list[dict[str, Any]]:
         """Return the claims of all cards as rows, each with its `method`."""
         return [
             {"method": name, **asdict(claim)}
             for name in self.entries("method")
-            for claim in self.card(name).claim
+            if (card := self.card(name))
+            for claim in card.claims
         ]
 
     def _relative(self, path: Path) -> str:
@@ -376,10 +351,10 @@ def _docstring_line(path: Path) -> str:
 
 
 def _planned_title(card: Path) -> str:
-    # Titles stand above the claims; reading those of 57 papers takes longer than `list` may.
-    data = _parse_toml(card, _read(card).partition("\n[[")[0])
-    paper = data.get("paper", {})
-    return str(data.get("title") or (paper.get("title", "") if isinstance(paper, dict) else ""))
+    try:
+        return load_paper(card).title
+    except CardError as error:
+        raise UsageError(str(error)) from error
 
 
 def _classes(module: ModuleType, base: type[Thing]) -> Iterator[type[Thing]]:

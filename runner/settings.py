@@ -14,13 +14,13 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, cast
 
 from runner.request import UsageError
 
@@ -331,9 +331,14 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
-@cache
 def _hint(cls: type, name: str) -> Any:
-    """Return a field's type; only its own annotation is evaluated, in the module that wrote it."""
+    """Return a field's type."""
+    return _evaluated(cast(Hashable, cls), name)
+
+
+@cache
+def _evaluated(cls: Any, name: str) -> Any:
+    """Evaluate one annotation and no other, in the module that wrote it."""
     owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
     bearer = types.SimpleNamespace(__annotations__={name: vars(owner)["__annotations__"][name]})
     return typing.get_type_hints(bearer, vars(sys.modules[owner.__module__]))[name]

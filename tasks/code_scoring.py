@@ -113,18 +113,21 @@ def check(
     reply_read, reply_write = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        processes.append(start(level, "candidate", limits, stdin=request_read, stdout=reply_write))
-        checker = start(
-            level,
-            "checker",
-            limits,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(reply_read, request_write),
-        )
-        processes.append(checker)
-        for descriptor in (request_read, request_write, reply_read, reply_write):
-            os.close(descriptor)
+        try:
+            candidate = start(level, "candidate", limits, stdin=request_read, stdout=reply_write)
+            processes.append(candidate)
+            checker = start(
+                level,
+                "checker",
+                limits,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(reply_read, request_write),
+            )
+            processes.append(checker)
+        finally:
+            for descriptor in (request_read, request_write, reply_read, reply_write):
+                os.close(descriptor)
         try:
             output, _ = checker.communicate(frame(job), timeout=limits.wall_seconds)
         except subprocess.TimeoutExpired:
@@ -135,7 +138,7 @@ def check(
             return _checker_ended(checker.returncode, level)
         report = decode(output[4:])
         if report["outcome"] == "ended":
-            return _candidate_ended(processes[0], level)
+            return _candidate_ended(candidate, level)
         return Verdict(level=level, **report)
     finally:
         for process in processes:

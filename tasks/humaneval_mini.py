@@ -6,7 +6,9 @@ tests are drawn with a seeded generator. The standard order takes the levels in 
 prefix is a fair sample. Prompt form and checker are HumanEval's, and so are the stop strings but
 for one more. No example of a docstring is among its test's inputs.
 
-MEASURED
+SmolLM2-135M-Instruct (greedy, stripped prompt, 64 tokens, transformers' `generate`, one prompt at a
+time) solves 23 of the 48 in float32 and 22 in bfloat16: 14, 7 (6) and 2 of the 16 of each level. Of
+the first 24 it solves 10 in both: 6, 3 and 1 of the 8 of each level.
 
 One item:
     prompt "def times_3(x: int) -> int: ..."   test "def check(candidate): ..."   level 1

@@ -15,6 +15,9 @@ import pytest
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
 os.environ.update(OFFLINE)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models here are tiny: a second thread would mostly wait for the first, spinning. The tests of the
+# native kernels ask for two threads themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def is_local(family: int, address: object) -> bool:

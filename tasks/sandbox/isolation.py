@@ -301,8 +301,9 @@ def _bubblewrap() -> str | None:
     return shutil.which("bwrap")
 
 
+@functools.cache
 def _works(level: Level) -> bool:
-    """Tell whether a program in a sandbox of this level starts and answers."""
+    """Tell whether a program in a sandbox of this level starts and answers; found by trying."""
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         return False
     if level == "bubblewrap" and _bubblewrap() is None:
@@ -318,15 +319,14 @@ def _works(level: Level) -> bool:
     return b"returned" in answer
 
 
-@functools.cache
 def available_levels() -> tuple[Level, ...]:
-    """Return the levels that work here, the preferred one first; found by trying."""
+    """Return the levels that work here, the preferred one first."""
     return tuple(level for level in LEVELS if _works(level))
 
 
 def level() -> Level | None:
     """Return the level in use, None if generated code cannot be run here."""
-    return next(iter(available_levels()), None)
+    return next((level for level in LEVELS if _works(level)), None)
 
 
 def require_level() -> Level:

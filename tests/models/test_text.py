@@ -101,8 +101,14 @@ def test_a_prompt_may_be_read_in_pieces(kernels: str) -> None:
 
 @pytest.mark.skipif(compiler() is None, reason="the native kernels need a C compiler")
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 96, 97, 130])
-def test_native_products_are_right_at_every_width(width: int) -> None:
-    model = tiny_model("llama", kernels="native")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_native_products_are_right_at_every_width(width: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = tiny_model("llama", kernels="native")
+    finally:
+        torch.set_num_threads(before)
     ids = [(7 * i * i + 3) % 97 for i in range(width)]
     logits = model.session(200).prefill(ids, all_logits=True)
     torch.testing.assert_close(logits, reference_logits("llama", ids), atol=2e-4, rtol=2e-4)

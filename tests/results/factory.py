@@ -56,12 +56,12 @@ def make_experiment(
     return dataclasses.replace(record, **changes)
 
 
-def make_cell(experiment: ExperimentRecord, method: str, **changes: Any) -> CellRecord:
-    is_baseline = f"cell-{method}" == experiment.baseline
+def make_cell(experiment: ExperimentRecord, name: str, **changes: Any) -> CellRecord:
+    is_baseline = f"cell-{name}" == experiment.baseline
     record = CellRecord(
-        cell_id=f"cell-{method}",
+        cell_id=f"cell-{name}",
         experiment_id=experiment.experiment_id,
-        method=method,
+        method=name,
         params={},
         family="toy",
         role="baseline" if is_baseline else "method",

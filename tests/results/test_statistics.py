@@ -181,7 +181,7 @@ def test_a_quiet_method_against_itself_is_called_the_same() -> None:
 
 
 @given(totals)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_exchanging_the_sides_inverts_the_ratio_and_its_interval(
     sides: tuple[ItemTotals, ItemTotals],
 ) -> None:
@@ -194,7 +194,7 @@ def test_exchanging_the_sides_inverts_the_ratio_and_its_interval(
 
 
 @given(totals, st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_slower_clock_and_longer_tokens_scale_the_ratio(
     sides: tuple[ItemTotals, ItemTotals], clock: float, length: float
 ) -> None:
@@ -208,7 +208,7 @@ def test_a_slower_clock_and_longer_tokens_scale_the_ratio(
 
 
 @given(totals, st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_order_of_items_does_not_matter(
     sides: tuple[ItemTotals, ItemTotals], random: object
 ) -> None:
@@ -348,7 +348,7 @@ def test_tango_without_a_discordant_pair_is_not_certain() -> None:
         )
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_tango_turns_its_sign_with_the_sides_and_stays_in_range(
     counts: tuple[int, int, int],
 ) -> None:
@@ -501,7 +501,7 @@ def test_equal_outputs_are_no_loss_even_without_a_margin() -> None:
 
 
 @given(totals)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_wide_interval_holds_the_printed_one(sides: tuple[ItemTotals, ItemTotals]) -> None:
     shares = np.minimum(sides[0].seconds, 1.0)
     for estimate in (

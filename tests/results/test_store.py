@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def test_a_last_line_cut_at_any_byte_is_left_out_and_written_anew(tmp_path: Path
     value=st.integers(1, 255),
     data=st.lists(st.text(), max_size=4),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_changed_byte_of_a_journal_goes_unnoticed(
     tmp_path_factory: pytest.TempPathFactory, position: int, value: int, data: list[str]
 ) -> None:
@@ -171,11 +172,12 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def test_sealing_may_be_killed_between_any_two_steps(tmp_path: Path) -> None:
+    template = make_store(tmp_path / "template", seal=False)
     undisturbed = make_store(tmp_path / "undisturbed")
     manifest = undisturbed.manifest(ID)
     samples = list(undisturbed.samples(ID))
     for steps in range(100):
-        store = make_store(tmp_path / f"killed-{steps}", seal=False)
+        store = Store(Path(shutil.copytree(template.path, tmp_path / f"killed-{steps}")))
         with pytest.MonkeyPatch.context() as patch:
             crash_after(patch, steps)
             try:

@@ -323,6 +323,8 @@ ATTACKS = (
         "channel read",
         "timeout",
         "protocol",
+        "failed",
+        "error",
         function=WRONG,
         code="""
             import os
@@ -506,7 +508,7 @@ ATTACKS = (
             import os
             from __main__ import frame
             keys = [i * (2**61 - 1) for i in range(60_000)]
-            returned = b"S%d:" % len(keys) + b"".join(b"i16:%016x" % key for key in keys)
+            returned = b"S%d:" % len(keys) + b"".join(b"i20:%020x" % key for key in keys)
             for value in (b"N", returned):
                 os.write(4, frame({"returned": value, "cpu_seconds": 0.1}))
         """,

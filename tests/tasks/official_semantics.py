@@ -100,7 +100,7 @@ ODD_ENDINGS = {
     "main-guard": "\n    return None\n\n\nprint('hello')\nif __name__ == '__main__':\n    1 / 0\n",
     "redefined-empty": "\n    return None\n\n\ndef {name}(*args):\n    return None\n",
 }
-# Right functions in an unusual dress: the canonical one in another one that returns this expression,
+# Right functions in an unusual dress: the canonical one in another, which returns this expression,
 # or that has these lines. {name} is the function.
 RETURNED = {
     "tuple-for-list": "tuple(result) if type(result) is list else result",

@@ -40,7 +40,15 @@ def _passes(item: Item, function: Callable[..., object]) -> bool:
     exec(item.fields["test"], namespace)
     try:
         namespace["check"](function)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError):
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
         return False
     return True
 
