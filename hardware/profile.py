@@ -71,7 +71,9 @@ class Profile:
     step_cost: StepCost | None = None
 
 
-def _interpolate(points: tuple[int, ...], values: tuple[float, ...] | list[float], at: int) -> float:
+def _interpolate(
+    points: tuple[int, ...], values: tuple[float, ...] | list[float], at: int
+) -> float:
     """Return the value at `at` on the broken line through the points; flat before the first one."""
     if len(points) == 1 or at <= points[0]:
         return values[0]

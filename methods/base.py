@@ -45,9 +45,7 @@ class Method(ABC, Generic[Capability]):
     neutral: ClassVar[Mapping[str, Any] | None] = None
 
     @abstractmethod
-    def apply(
-        self, model: Capability, hardware: Profile
-    ) -> AbstractContextManager[Capability]:
+    def apply(self, model: Capability, hardware: Profile) -> AbstractContextManager[Capability]:
         """Yield an object of the same capability that runs the method; restore the model on exit.
 
         Entered for every sample, outside the clock.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Unsupported(Exception):
-    """A method, task or model cannot do what was asked; the message says why. An answer, no crash."""
+    """Something cannot do what was asked; the message says why. An answer, not a crash."""
 
 
 class InvalidOutput(Exception):
@@ -46,7 +46,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.temperature:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
 
 
@@ -185,8 +185,8 @@ class Session(Protocol):
         """Read tokens into the cache.
 
         Returns:
-            Logits after the last token, (1, vocab), or after each with `all_logits`, (tokens, vocab);
-            float32.
+            Logits after the last token, (1, vocab), or with `all_logits` after each,
+            (tokens, vocab); float32.
         """
         ...
 

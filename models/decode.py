@@ -53,13 +53,19 @@ class Drafter(Protocol):
     """
 
     @property
-    def max_nodes(self) -> int: ...
+    def max_nodes(self) -> int:
+        """Largest tree it ever proposes, root included."""
+        ...
 
     @property
-    def wants_prompt_logits(self) -> bool: ...
+    def wants_prompt_logits(self) -> bool:
+        """Whether `begin` needs the logits of every prompt token."""
+        ...
 
     @property
-    def notes(self) -> Mapping[str, float | int | str]: ...
+    def notes(self) -> Mapping[str, float | int | str]:
+        """What it settled at run time."""
+        ...
 
     def begin(self, prompt_ids: Sequence[int], logits: Tensor) -> None:
         """See the prompt.

@@ -48,7 +48,7 @@ class Topology:
 
     @cached_property
     def ancestors(self) -> npt.NDArray[np.bool_]:
-        """True where the column's node is the row's node or one of its ancestors, (nodes, nodes)."""
+        """True where the column's node is the row's or one of its ancestors, (nodes, nodes)."""
         matrix = np.eye(len(self), dtype=np.bool_)
         for node in range(1, len(self)):
             matrix[node] |= matrix[self.parents[node]]
@@ -198,9 +198,7 @@ class TreeBuilder:
             self._tokens.append(token)
         return node
 
-    def build(
-        self, draft_probabilities: npt.NDArray[np.float64] | None = None
-    ) -> DraftTree:
+    def build(self, draft_probabilities: npt.NDArray[np.float64] | None = None) -> DraftTree:
         """Return the tree as it stands; `draft_probabilities` as in `DraftTree`."""
         tokens = np.array(self._tokens, dtype=np.int64)
         return DraftTree(Topology(self._parents), tokens, draft_probabilities)

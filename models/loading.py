@@ -142,14 +142,15 @@ def load(model_id: str, settings: LoadSettings | None = None, *, offline: bool =
         dtype_name = "float32" if device == "cpu" else "bfloat16"
     try:
         with _quiet_transformers():
-            module = AutoModelForCausalLM.from_pretrained(
+            module: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype_name),
                 attn_implementation=settings.attention,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
-            ).to(device)
+            )
+            module.to(device)
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

@@ -36,7 +36,9 @@ class Stopper:
     def find(self, token_ids: Sequence[int], checked: int = 0) -> End:
         """Return the end of `token_ids`, of which the first `checked` are known to go on."""
         limit = min(len(token_ids), self._max_new_tokens)
-        eos = next((n for n in range(checked + 1, limit + 1) if token_ids[n - 1] in self._eos_ids), 0)
+        eos = next(
+            (n for n in range(checked + 1, limit + 1) if token_ids[n - 1] in self._eos_ids), 0
+        )
         before_eos = eos - 1 if eos else limit
         # One look at all new tokens, and one at each only if that found something.
         if self._stop and self._has_stop(token_ids, checked, before_eos):

@@ -98,7 +98,7 @@ class TransformersSession:
         self._device = next(module.parameters()).device
         self._dtype = next(module.parameters()).dtype
         self._layers = [_PreallocatedLayer(capacity) for _ in range(self._config.num_hidden_layers)]
-        self._cache = Cache(layers=self._layers)
+        self._cache = Cache(layers=list(self._layers))
         self._windows = _windows(self._config)
         self.length = 0
         self.capacity = capacity
@@ -108,7 +108,9 @@ class TransformersSession:
         """See `models.base.Session.prefill`."""
         width = len(token_ids)
         # Without a mask and from an empty cache the model builds its own, which is the fastest.
-        masks = self._masks(np.tri(width, dtype=np.bool_), np.arange(width)) if self.length else None
+        masks = (
+            self._masks(np.tri(width, dtype=np.bool_), np.arange(width)) if self.length else None
+        )
         logits = self._forward(
             np.asarray(token_ids, dtype=np.int64), np.arange(width), masks, 0 if all_logits else 1
         )
@@ -196,7 +198,7 @@ class _PreallocatedLayer(CacheLayerMixin):
     values: Tensor
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers has no hint there
         self.capacity = capacity
         self.length = 0
 

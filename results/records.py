@@ -109,7 +109,10 @@ class CellRecord:
             "token", "baseline_token", "top2_gap", "verdict": "tie" or "violation"}.
         status, error, log_tail: How it ended; `error` is one line, "" if ok.
         notes: What the method settled at run time, and the state policy.
-        seconds: Where the cell's time went: {"measured": …, "scoring": …, "overhead": …}.
+        seconds: Where time went: the cell's own "measured" calls and "apply"; the experiment's
+            "loading", "calibrating", "warming up", "measuring" and "scoring"; its "wall" time, and
+            the "harness", what warm-up and measuring took beyond the calls themselves. They
+            overlap. Of the last attempt, where the experiment was interrupted.
     """
 
     cell_id: str

@@ -143,7 +143,7 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "joules_per_token": "DOUBLE",
         "overhead": "DOUBLE",  # decode seconds over the bound_seconds of the same forwards
         "draft_share": "DOUBLE",  # of the decode seconds, what the target's forwards do not explain
-        "harness_share": "DOUBLE",  # of the cell's wall time, what was neither measured nor scored
+        "harness_share": "DOUBLE",  # of the experiment's wall time, the harness's own
         "speedup": "DOUBLE",
         "speedup_low": "DOUBLE",
         "speedup_high": "DOUBLE",

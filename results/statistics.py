@@ -5,9 +5,9 @@ Repeats of an item are combined first, and both sides of a comparison use the sa
 
 **Which bootstrap.** Intervals of speed ratios and of means are symmetric bootstrap-t intervals: the
 estimate, on a log scale for ratios, plus and minus c standard errors, where c is the 95% quantile
-of |t| over resamples that are each studentised by their own standard error, and never less than
-Student's quantile. Others were tried on item sets as they occur (lengths and speed-ups that vary
-between items; lognormal noise of 10 and 30%, rare spikes, correlated drift; n = 8, 16, 24; 600
+of |t| over resamples that are each studentised by their own standard error, held between Student's
+quantile and twice that. Others were tried on item sets as they occur (lengths and speed-ups that
+vary between items; lognormal noise of 10 and 30%, rare spikes, correlated drift; n = 8, 16, 24; 600
 trials each). Coverage of the true value by intervals meant to cover 95%, smallest and largest:
 
     n                            8             16            24
@@ -275,7 +275,8 @@ def tango(gained: int, lost: int, trials: int) -> Estimate:
     """Return the paired difference of two shares, with the score interval.
 
     It stays honest where few pairs differ, and with none: 24 pairs without a difference give
-    [-0.14, 0.14]. Source: Tango, Statistics in Medicine 17 (1998), equations 9 to 13.
+    [-0.14, 0.14]. Source: Tango, Statistics in Medicine 17 (1998), pages
+    891 to 908, the score interval.
 
     Args:
         gained: Pairs that only the method solved.

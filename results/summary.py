@@ -208,8 +208,8 @@ def _own_numbers(cell: _Cell) -> dict[str, Any]:
 
 
 def _harness_share(cell: CellRecord) -> float | None:
-    """Return the share of the cell's wall time that was neither measured nor scored."""
-    return _ratio(cell.seconds.get("overhead"), sum(cell.seconds.values()))
+    """Return the share of the experiment's wall time that the harness took for itself."""
+    return _ratio(cell.seconds.get("harness"), cell.seconds.get("wall"))
 
 
 def _compared_numbers(

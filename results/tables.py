@@ -22,7 +22,7 @@ from results import schema, text
 from results.store import StoreError
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group, RenderResult
 
 Row = dict[str, Any]
 
@@ -144,21 +144,58 @@ def render(
 def terminal(index_path: Path, run: str | None = "latest", tasks: Sequence[str] = ()) -> Group:
     """Return the comparison tables of a run for `rich`; arguments as in `comparison_tables`.
 
-    Text is shown as it is: square brackets in an error message style nothing.
+    Text is shown as it is: square brackets in an error message style nothing. A table that is wider
+    than the terminal goes on below, with the methods named again; no number is cut.
     """
     from rich.console import Group
-    from rich.table import Table as RichTable
     from rich.text import Text
 
-    parts: list[Any] = []
-    for table in comparison_tables(index_path, run, tasks):
-        shown = RichTable(title=Text(text.plain(table.title)), title_justify="left")
-        for place, column in enumerate(table.columns):
-            shown.add_column(Text(column), justify="left" if place == 0 else "right")
-        for row in table.rows:
-            shown.add_row(*(Text(text.plain(cell)) for cell in row))
-        parts += [shown, *(Text(text.plain(note)) for note in table.notes), Text("")]
-    return Group(*(parts or [Text(_NOTHING)]))
+    shown: list[Any] = [_InBlocks(table) for table in comparison_tables(index_path, run, tasks)]
+    return Group(*(shown or [Text(_NOTHING)]))
+
+
+@dataclass(frozen=True)
+class _InBlocks:
+    """A table as `rich` draws it, in as many blocks of columns as the width asks for."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        yield Text(text.plain(self.table.title), style="bold")
+        for block in self.blocks(options.max_width):
+            shown = RichTable()
+            for place in block:
+                shown.add_column(
+                    Text(self.table.columns[place]),
+                    justify="left" if place == 0 else "right",
+                    no_wrap=place > 0,
+                    overflow="fold",
+                )
+            for row in self.table.rows:
+                shown.add_row(*(Text(text.plain(row[place])) for place in block))
+            yield shown
+        yield from (Text(text.plain(note)) for note in self.table.notes)
+        yield Text("")
+
+    def blocks(self, width: int) -> list[list[int]]:
+        """Return the places of the columns of each block, the methods' in front."""
+        from rich.cells import cell_len
+
+        columns = zip(self.table.columns, *self.table.rows, strict=True)
+        # Two for the space around a cell, one for the line.
+        widths = [3 + max(cell_len(text.plain(cell)) for cell in column) for column in columns]
+        blocks: list[list[int]] = []
+        used = width
+        for place in range(1, len(widths)):
+            if used + widths[place] > width:
+                blocks.append([0])
+                used = 1 + widths[0]
+            blocks[-1].append(place)
+            used += widths[place]
+        return blocks
 
 
 def connect(index_path: Path) -> duckdb.DuckDBPyConnection:
@@ -250,8 +287,8 @@ def _table(group: list[Row]) -> Table:
         "tokens/s": lambda row: text.number(row["tokens_per_second"]),
         "s/item": lambda row: text.number(row["seconds_per_item"]),
         str(first["metric"] or "quality"): _quality,
-        "vs baseline": _quality_delta,
         "output": lambda row: row["output_check"] or "",
+        "vs baseline": _quality_delta,
         "work": lambda row: text.ratio(row["work_ratio"]),
         "memory": lambda row: text.ratio(row["memory_ratio"]),
         "status": lambda row: row["status"],

@@ -20,7 +20,7 @@ from tasks.base import Item, Task
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 
 
-class _Captured(Exception):  # noqa: N818  # a signal, no error
+class _Captured(Exception):  # a signal, no error
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         super().__init__()
         self.prompt_ids = list(prompt_ids)

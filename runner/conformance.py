@@ -31,7 +31,6 @@ from models.draft_tree import DraftTree
 from models.stopping import Stopper
 from runner.certificate import divergence
 from runner.registry import Registry
-from runner.settings import name_of
 
 PROFILE = Profile(name="conformance", kind="cpu", label="No particular device")
 # Tokens of each text, and texts that a sampled distribution is judged by.
@@ -51,11 +50,11 @@ class Check:
     detail: str = ""
 
 
-class _Broken(Exception):  # noqa: N818  # a finding, no error of ours
+class _Broken(Exception):  # a finding, no error of ours
     """A promise is not kept; the message says how."""
 
 
-class _OnPurpose(Exception):  # noqa: N818  # a signal, no error
+class _OnPurpose(Exception):  # a signal, no error
     """Raised where a method's block must let it through."""
 
 
@@ -72,9 +71,7 @@ def conformance(name: str, registry: Registry) -> list[Check]:
     return check_method(registry.load_method(name), tiny_text_model())
 
 
-def check_method(
-    method: Method[Any] | type[Method[Any]], model: TextGenerator
-) -> list[Check]:
+def check_method(method: Method[Any] | type[Method[Any]], model: TextGenerator) -> list[Check]:
     """Run the whole battery.
 
     Args:
@@ -182,7 +179,9 @@ class _Battery:
                     map(torch.equal, plain.seen, changed.seen)
                 ):
                     raise _Broken(f"logits differ at temperature {heat:g}.")
-        return ", ".join(f"{name}={value}" for name, value in self.method.neutral.items()) or "always"
+        return (
+            ", ".join(f"{name}={value}" for name, value in self.method.neutral.items()) or "always"
+        )
 
     def acts(self) -> str:
         if self.method.role in ("baseline", "peer"):
@@ -193,8 +192,10 @@ class _Battery:
                 return "the text differs from plain decoding"
             if _work(found) != _work(plain):
                 forwards = found.trace.forwards
-                return f"{len(plain.trace.forwards)} forwards became {len(forwards)}, " + (
-                    f"up to {max(forward.width for forward in forwards)} tokens wide"
+                widest = max((forward.width for forward in forwards), default=0)
+                return (
+                    f"{len(plain.trace.forwards)} forwards became {len(forwards)}, up to {widest} "
+                    "tokens wide"
                 )
         raise _Broken("texts and traces are those of plain decoding: it did nothing.")
 
@@ -235,7 +236,9 @@ class _Battery:
             return "does not apply: the model is too sure of its tokens"
         p_value = float(chi2_contingency(np.transpose(columns)).pvalue)
         if p_value < SIGNIFICANCE:
-            raise _Broken(f"{SAMPLES} samples and as many of plain sampling differ: p = {p_value:.2g}.")
+            raise _Broken(
+                f"{SAMPLES} samples and as many of plain sampling differ: p = {p_value:.2g}."
+            )
         return f"p = {p_value:.2g} over {SAMPLES} samples"
 
     def ends(self) -> str:
@@ -273,7 +276,9 @@ class _Battery:
             emitted = first + sum(trace.accepted) + len(trace.forwards)
             # The last forward's own token may stand behind the end of the text.
             if emitted - len(found.token_ids) not in (0, 1):
-                raise _Broken(f"{emitted} tokens are accounted for, {len(found.token_ids)} came out.")
+                raise _Broken(
+                    f"{emitted} tokens are accounted for, {len(found.token_ids)} came out."
+                )
             for forward, accepted in zip(trace.forwards, trace.accepted, strict=True):
                 if accepted >= forward.width:
                     raise _Broken(f"{accepted} drafts accepted by a forward {forward.width} wide.")
@@ -482,7 +487,7 @@ def _snapshot(model: TextGenerator) -> dict[str, Any]:
         "matmul precision": torch.get_float32_matmul_precision(),
         "cuDNN flags": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark),
         "torch's random state": _digest(torch.random.get_rng_state()),
-        "NumPy's random state": repr(np.random.get_state()),  # noqa: NPY002  # others may use it
+        "NumPy's random state": repr(np.random.get_state()),  # others may use it
         "Python's random state": hash(random.getstate()),
         "environment variables": dict(os.environ),
         "working directory": str(Path.cwd()),
@@ -505,7 +510,9 @@ def _snapshot_module(module: Any) -> dict[str, Any]:
         "weights": {name: _digest(value) for name, value in module.state_dict().items()},
         "modules": {name: id(part) for name, part in parts.items()},
         "hooks": {
-            name: [len(hooks) for key, hooks in sorted(vars(part).items()) if key.endswith("_hooks")]
+            name: [
+                len(hooks) for key, hooks in sorted(vars(part).items()) if key.endswith("_hooks")
+            ]
             for name, part in parts.items()
         },
         "training mode": {name: part.training for name, part in parts.items()},

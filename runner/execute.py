@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import psutil
 
@@ -76,7 +76,7 @@ def execute(plan: Plan, listener: Listener) -> Outcome:
             _Supervisor(spec, store, listener).run()
     except KeyboardInterrupt:
         interrupted = True
-    status = "interrupted" if interrupted else "finished"
+    status: Literal["interrupted", "finished"] = "interrupted" if interrupted else "finished"
     store.write_run(replace(record, finished=_now(), status=status))
     failed = sum(
         cell.status not in ("ok", "unsupported")
@@ -179,8 +179,8 @@ class _Supervisor:
         used = _resident_bytes(process.pid)
         if self.spec.memory_bytes and used > self.spec.memory_bytes:
             return "oom-host", (
-                f"the worker held {used / 1e9:.1f} GB, more than the {self.spec.memory_bytes / 1e9:.1f} "
-                "GB it may use"
+                f"the worker held {used / 1e9:.1f} GB, more than the "
+                f"{self.spec.memory_bytes / 1e9:.1f} GB it may use"
             )
         return None
 
@@ -219,12 +219,14 @@ class _Supervisor:
         if exit_code == BUSY:
             self._fail(self._unfinished(), "failed", "another run is measuring this experiment now")
             return True
-        if ending is None:
-            where = f"in the middle of item {self.in_flight_item}" if self.in_flight else self.phase
-            ending = "killed", f"the process {_death(exit_code)}, {where}"
-            if not self.in_flight:
-                ending = "failed", f"the worker {_death(exit_code)} while {self.phase}"
-        status, reason = ending
+        status: Status
+        if ending is not None:
+            status, reason = ending
+        elif self.in_flight:
+            item = f"in the middle of item {self.in_flight_item}"
+            status, reason = "killed", f"the process {_death(exit_code)}, {item}"
+        else:
+            status, reason = "failed", f"the worker {_death(exit_code)} while {self.phase}"
         if self.in_flight:
             guilty = [cell for cell in self._unfinished() if cell.cell_id == self.in_flight]
             self._fail(guilty, status, reason)
@@ -262,7 +264,7 @@ class _Supervisor:
             )
 
     def _keep_log(self, stream: IO[bytes]) -> None:
-        """Keep the end of what the worker prints; a flood costs the flooder's time, nothing else."""
+        """Keep the end of what the worker prints; a flood costs its own time, nothing else."""
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         while data := os.read(stream.fileno(), _READ_BYTES):
             self.log.append(decode(data)[-_LOG_CHARACTERS:])

@@ -45,7 +45,9 @@ def method_source(source: Path | None) -> str:
 def shared_source() -> str:
     """Return a hash of the code that every cell runs: the models' room and the contracts."""
     models = ROOT / "models"
-    return file_digest([*models.glob("*.py"), *models.glob("native/*.py"), *models.glob("native/*.c")])
+    return file_digest(
+        [*models.glob("*.py"), *models.glob("native/*.py"), *models.glob("native/*.c")]
+    )
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""From a request to experiments: expand the matrix, refuse what makes no sense, skip what is known."""
+"""From a request to experiments: expand the matrix, refuse nonsense, skip what is known."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def estimate_seconds(self) -> float | None:
-        """How long it will take, from what earlier samples of the same cells took; None if unknown."""
+        """Seconds it will take, judged by earlier samples of the same methods; None if unknown."""
         store = Store(self.request.store)
         known: dict[tuple[str, str, str], list[float]] = {}
         for experiment_id in store.experiment_ids():
@@ -119,7 +119,9 @@ def make_plan(request: Request) -> Plan:
         spec = parse_spec(task_text)
         task = build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")
         for model_text in request.models:
-            _plan_experiment(plan, registry, profile, store, finished, task, spec.name, model_text, methods)
+            _plan_experiment(
+                plan, registry, profile, store, finished, task, spec.name, model_text, methods
+            )
     return plan
 
 
@@ -181,6 +183,7 @@ def _plan_experiment(
         return
     limit = request.limit if request.limit is not None else request.limits.get(task_name)
     try:
+        task.conditions()
         items: list[Item] = list(islice(task.items(), limit))
         task_hash = task.content_hash()
         fetch(model_id, offline=request.offline, revision=settings.revision)

@@ -60,9 +60,9 @@ class Request:
 class Event:
     """Something that happened while running; `kind` says what.
 
-    Kinds: `experiment` (one starts), `phase` (loading, calibrating, warming up, measuring, scoring),
-    `sample` (one measured), `cell` (one ended; `status` and `detail` say how), `restart` (the worker
-    was started again without the cell that broke it), `run` (all done).
+    Kinds: `experiment` (one starts), `phase` (loading, calibrating, warming up, measuring,
+    scoring), `sample` (one measured), `cell` (one ended; `status` and `detail` say how), `restart`
+    (the worker was started again without the cell that broke it), `run` (all done).
     """
 
     kind: Literal["experiment", "phase", "sample", "cell", "restart", "run"]

@@ -121,7 +121,7 @@ class _Measured(NamedTuple):
     started: float
 
 
-class _Restart(Exception):  # noqa: N818  # a signal, no error
+class _Restart(Exception):  # a signal, no error
     """A cell has failed, and this process cannot be trusted with the others."""
 
 
@@ -255,6 +255,7 @@ class _Worker:
                 "kernels": self.model.kernels,
                 "matrix_parameters": facts.matrix_parameters,
                 "kv_bytes_per_token": facts.kv_read(_ONE_TOKEN),
+                **self.task.conditions(),
             },
             created=_now(),
         )
@@ -390,7 +391,9 @@ class _Worker:
         cell.is_open = False
         record = self._cell_record(cell, status, error, "\n".join(log.splitlines()[-_LOG_LINES:]))
         self.store.write_cell(record)
-        self.tell("cell", cell=cell.spec.cell_id, method=cell.spec.method, status=status, detail=error)
+        self.tell(
+            "cell", cell=cell.spec.cell_id, method=cell.spec.method, status=status, detail=error
+        )
 
     def _cell_record(
         self, cell: _Cell, status: Status, error: str = "", log_tail: str = ""
@@ -488,7 +491,7 @@ class _Worker:
 
 
 def _order(spec: ExperimentSpec, item_id: str, repeat: int) -> list[int]:
-    """Return the order of the cells for one item: random by seed, reversed in every second repeat."""
+    """Return the order of the cells for an item: random by seed, reversed every second repeat."""
     draw = random.Random(f"{spec.seed} {item_id} {repeat // 2}")
     order = list(range(len(spec.cells)))
     draw.shuffle(order)
@@ -523,7 +526,9 @@ def _check_result(result: object, model: TextGenerator) -> None:
     ids = cast(Result, result).token_ids
     wrong = [each for each in ids if not isinstance(each, int) or each not in _vocabulary(model)]
     if wrong:
-        raise InvalidOutput(f"{wrong[0]!r} is no token of a vocabulary of {model.facts.vocab_size}.")
+        raise InvalidOutput(
+            f"{wrong[0]!r} is no token of a vocabulary of {model.facts.vocab_size}."
+        )
     if not isinstance(cast(Result, result).text, str):
         raise InvalidOutput("the call returned a text that is no string.")
 

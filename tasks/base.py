@@ -76,13 +76,19 @@ class Result(Protocol):
     """
 
     @property
-    def text(self) -> str: ...
+    def text(self) -> str:
+        """What is scored."""
+        ...
 
     @property
-    def token_ids(self) -> tuple[int, ...]: ...
+    def token_ids(self) -> tuple[int, ...]:
+        """The new tokens; their number is the count."""
+        ...
 
     @property
-    def trace(self) -> Trace: ...
+    def trace(self) -> Trace:
+        """What was done to get there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,16 @@ class Task(ABC, Generic[Capability]):
     def score(self, item: Item, output: str) -> Scores:
         """Score a stored output; runs again on old outputs, needs no model."""
 
+    def conditions(self) -> dict[str, str]:
+        """Return what of the machine a score depends on, for the record (`sandbox`: its level).
+
+        Raises:
+            models.base.Unsupported: The machine lacks something in `needs`; says what to install.
+        """
+        return {}
+
     def score_with_detail(self, item: Item, output: str) -> Scored:
-        """Score a stored output and say what happened to it; tasks with something to say override."""
+        """Score a stored output and say what happened to it, where a task has more to say."""
         return Scored(self.score(item, output), "")
 
     def aggregate(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -155,7 +169,7 @@ class Task(ABC, Generic[Capability]):
         """Return a SHA-256 over version, parameters and every item."""
         digest = hashlib.sha256(json.dumps([self.version, self.parameters()]).encode())
         for item in self.items():
-            digest.update(json.dumps([item.id, item.group, dict(item.fields)], sort_keys=True).encode())
+            digest.update(
+                json.dumps([item.id, item.group, dict(item.fields)], sort_keys=True).encode()
+            )
         return digest.hexdigest()
-
-

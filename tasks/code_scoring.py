@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from models.base import Decoding, Generation, TextGenerator
-from tasks.base import Item, Metric, Scores, Task
+from tasks.base import Item, Metric, Scored, Scores, Task
 from tasks.sandbox import Level, Limits, require_level, start
 from tasks.sandbox.child import decode, frame
 
@@ -313,10 +313,25 @@ class CodeTask(Task[TextGenerator]):
         """Return the verdict on a completion, with its reason."""
         return check(problem_of(item), output)
 
+    def conditions(self) -> dict[str, str]:
+        """Return the level of the sandbox.
+
+        Raises:
+            Unsupported: There is none; names the package to install.
+        """
+        return {"sandbox": require_level()}
+
     def score(self, item: Item, output: str) -> Scores:
         """Return 1 if the completion passes the item's test, else 0."""
-        passed = float(self.judge(item, output).passed)
-        return {metric.name: passed for metric in self.metrics}
+        return self.score_with_detail(item, output).scores
+
+    def score_with_detail(self, item: Item, output: str) -> Scored:
+        """Return the score with the verdict in words."""
+        verdict = self.judge(item, output)
+        scores = {metric.name: float(verdict.passed) for metric in self.metrics}
+        return Scored(
+            scores, f"{verdict.outcome}: {verdict.detail}" if verdict.detail else verdict.outcome
+        )
 
     def _formed(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return an item's fields in the prompt form; what the prompt loses the reference gains."""

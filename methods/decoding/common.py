@@ -28,7 +28,7 @@ from models.draft_tree import DraftTree, Topology
 State = TypeVar("State")
 
 RankProbabilities = npt.NDArray[np.float64]
-"""P(the true next token is a node's candidate of rank j | the node was accepted), (depths, ranks)."""
+"""P(the true next token is a node's candidate of rank j | node accepted), (depths, ranks)."""
 
 
 class DraftedGenerator:
@@ -147,7 +147,9 @@ def require_choice(name: str, value: object, allowed: Iterable[str]) -> None:
 def require_count(name: str, value: object, low: int, high: int, meaning: str) -> None:
     """Raise ValueError unless `value` is a whole number from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}. {meaning}")
+        raise ValueError(
+            f"{name} must be a whole number from {low} to {high}, got {value!r}. {meaning}"
+        )
 
 
 def top_k(logits: Tensor, k: int, block: int = 64) -> Tensor:
@@ -253,7 +255,7 @@ def _best_paths(
             score = parent_score * float(rank_probabilities[len(path) - 1, path[-1]])
             heapq.heappush(waiting, (-score, len(path), path))
 
-    scores = {(): 1.0}
+    scores: dict[tuple[int, ...], float] = {(): 1.0}
     offer((0,), 1.0)
     taken: list[tuple[tuple[int, ...], float]] = []
     while len(taken) < nodes:

@@ -35,13 +35,14 @@ def transformers_generator(
         Unsupported: There is no such model behind the generator.
     """
     require_text_generator(method, model)
-    module = getattr(model, "module", None)
-    if not isinstance(module, nn.Module) or not hasattr(module, "generation_config"):
+    module: Any = getattr(model, "module", None)
+    is_transformers = isinstance(module, nn.Module) and hasattr(module, "generation_config")
+    if not is_transformers:
         raise Unsupported(
             f"'{method_name(method)}' runs the generate of transformers; "
             f"'{model.name}' has no transformers model as its `module`."
         )
-    defaults = module.generation_config
+    defaults: Any = module.generation_config
     module.generation_config = GenerationConfig()
     try:
         yield TransformersGenerator(model, module, settings)
@@ -50,7 +51,7 @@ def transformers_generator(
 
 
 class TransformersGenerator:
-    """A text generator whose `generate` is that of transformers; the rest is the wrapped model's."""
+    """A text generator whose `generate` is transformers' own; the rest is the wrapped model's."""
 
     def __init__(
         self, model: TextGenerator, module: nn.Module, settings: Mapping[str, Any]

@@ -73,8 +73,8 @@ class NgramIndex:
                     self._ends[ngram] = end
         self._indexed = len(token_ids)
         for size in range(min(self._max_size, len(token_ids) - 1), 0, -1):
-            if (end := self._ends.get(tuple(token_ids[-size:]))) is not None:
-                return end
+            if (found := self._ends.get(tuple(token_ids[-size:]))) is not None:
+                return found
         return None
 
 

@@ -47,7 +47,7 @@ class RandomDrafter:
         topology = self._topology
         if budget < topology.max_depth:
             topology = topology.part(topology.depths <= budget)
-        # A random start and steps of one keep siblings apart: a rank is never the vocabulary's size.
+        # A random start and steps of one keep siblings apart: ranks are fewer than tokens.
         starts = self._random.integers(self._vocab_size, size=len(topology))
         tokens = (starts[topology.parents] + topology.ranks) % self._vocab_size
         tokens[0] = token_ids[-1]

@@ -134,7 +134,7 @@ class RecyclingDrafter:
         self, topology: Topology, tokens: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.bool_]:
         """Return which nodes were read from rows that have been written, all the way up."""
-        known = self._matrix.rows[tokens].any(axis=1)
+        known: npt.NDArray[np.bool_] = np.any(self._matrix.rows[tokens], axis=1)
         keep = np.ones(len(topology), dtype=np.bool_)
         ends = topology.level_ends
         for start, end in itertools.pairwise(ends):

@@ -51,7 +51,9 @@ def load(source: str) -> ctypes.CDLL:
     path = Path(__file__).with_name(source)
     cc = compiler()
     if cc is None:
-        raise Unsupported("the native kernels need a C compiler (cc, gcc or clang); none was found.")
+        raise Unsupported(
+            "the native kernels need a C compiler (cc, gcc or clang); none was found."
+        )
     version = subprocess.run([cc, "--version"], capture_output=True, text=True, check=False).stdout
     key = hashlib.sha256(
         "\0".join([path.read_text(), *FLAGS, version, _processor()]).encode()

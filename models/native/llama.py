@@ -86,6 +86,7 @@ class NativeLlama:
         self.max_positions: int = config.max_position_embeddings
         self._packed = _pack(module)
         decoder: Any = module.model
+        decoder_head: Any = module.lm_head
         self._layers = (_Layer * self.num_layers)()
         for structure, layer in zip(self._layers, decoder.layers, strict=True):
             for field, path in _LAYER_WEIGHTS.items():
@@ -106,7 +107,7 @@ class NativeLlama:
             self.head_dim**-0.5,
             decoder.embed_tokens.weight.data_ptr(),
             decoder.norm.weight.data_ptr(),
-            module.lm_head.weight.data_ptr(),  # type: ignore[union-attr]  # a Linear, checked above
+            decoder_head.weight.data_ptr(),
             self._cos.data_ptr(),
             self._sin.data_ptr(),
             ctypes.addressof(self._layers),
@@ -271,7 +272,9 @@ def _refuse_unless_llama(module: nn.Module, lanes: int) -> None:
 
 
 def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def _resolve(module: nn.Module, path: str) -> Tensor | None:

@@ -37,7 +37,7 @@ from tests.models.toy import (
 
 
 class Scripted(NoDraft):
-    """Drafts whatever a function of the text says, cut to the budget, and notes what it was told."""
+    """Drafts what a function of the text says, cut to the budget, and notes what it was told."""
 
     def __init__(
         self, propose: Callable[[list[int]], DraftTree], max_nodes: int = 50, prompt: bool = False
@@ -174,7 +174,9 @@ def test_a_text_may_fill_the_whole_context() -> None:
     for drafter in (None, oracle(TableModel(cycle_table(10)), [0, 1], 20, 4)):
         result = decode(model, [0, 1], Decoding(max_new_tokens=10), drafter)
         assert len(result.token_ids) == 10
-    with pytest.raises(Unsupported, match="2 prompt tokens and 11 new ones exceed the context of 12"):
+    with pytest.raises(
+        Unsupported, match="2 prompt tokens and 11 new ones exceed the context of 12"
+    ):
         decode(model, [0, 1], Decoding(max_new_tokens=11))
 
 
@@ -326,7 +328,9 @@ class SampledTrees(NoDraft):
 
 def test_plain_sampling_has_the_models_distribution() -> None:
     model = TableModel(random_table(5, 2))
-    assert total_variation(sampled_texts(model, 3, lambda draws: None), target_texts(model, 3)) < 1e-6
+    assert (
+        total_variation(sampled_texts(model, 3, lambda draws: None), target_texts(model, 3)) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -343,9 +347,7 @@ def test_sampling_without_replacement_is_exact(children: int, depth: int, adapti
     found = sampled_texts(
         model,
         3,
-        lambda draws: SampledTrees(
-            draft, draws, children=children, depth=depth, adaptive=adaptive
-        ),
+        lambda draws: SampledTrees(draft, draws, children=children, depth=depth, adaptive=adaptive),
     )
     assert total_variation(found, target_texts(model, 3)) < 1e-6
 
@@ -357,7 +359,9 @@ def test_each_number_of_candidates_leaves_the_first_token_exact(children: int) -
     def first(draws: Draws) -> int:
         tree = SampledTrees(draft, draws, children=children, depth=1).draft([0], 1)
         target = torch.softmax(model.table.double() / HEAT, -1)
-        path, bonus = accept_without_replacement(tree, lambda node: target[tree.tokens[node]], draws)
+        path, bonus = accept_without_replacement(
+            tree, lambda node: target[tree.tokens[node]], draws
+        )
         return int(tree.tokens[path[1]]) if len(path) > 1 else bonus
 
     expected = {token: model.probability([0], [token], HEAT) for token in range(4)}

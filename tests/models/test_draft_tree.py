@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from models.draft_tree import ROOT_ONLY, DraftTree, Topology, TreeBuilder
 
-parents_lists = st.integers(0, 20).flatmap(
-    lambda nodes: st.tuples(*(st.integers(0, node) for node in range(nodes)))
-).map(lambda parents: [-1, *parents])
+parents_lists = (
+    st.integers(0, 20)
+    .flatmap(lambda nodes: st.tuples(*(st.integers(0, node) for node in range(nodes))))
+    .map(lambda parents: [-1, *parents])
+)
 sequences = st.lists(st.lists(st.integers(0, 3), max_size=5), max_size=8)
 
 

@@ -32,7 +32,9 @@ def slow_end(token_ids: list[int], stop: tuple[str, ...], limit: int) -> End:
     return End(count, "length" if count == limit else "")
 
 
-@given(tokens_lists, st.sampled_from([(), ("ab",), ("abc", "b"), ("aab", "cc")]), st.integers(1, 24))
+@given(
+    tokens_lists, st.sampled_from([(), ("ab",), ("abc", "b"), ("aab", "cc")]), st.integers(1, 24)
+)
 @example([0] + [PAD] * 20 + [1], ("ab",), 30)
 def test_the_end_is_where_a_slow_search_finds_it(
     token_ids: list[int], stop: tuple[str, ...], limit: int

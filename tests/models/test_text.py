@@ -94,9 +94,7 @@ def test_a_prompt_may_be_read_in_pieces(kernels: str) -> None:
     session = model.session(40)
     session.prefill(PROMPT[:5])
     logits = session.prefill(PROMPT[5:], all_logits=True)
-    torch.testing.assert_close(
-        logits, reference_logits("llama", PROMPT)[5:], atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits, reference_logits("llama", PROMPT)[5:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(compiler() is None, reason="the native kernels need a C compiler")
@@ -155,7 +153,9 @@ def test_eager_attention_takes_the_tree_mask_added_to_the_scores() -> None:
 
 def test_a_kernel_without_tree_masks_is_refused() -> None:
     with pytest.raises(Unsupported, match="attention=sdpa"):
-        tree_mask(np.ones((1, 1), dtype=np.bool_), "flash_attention_2", torch.float16, torch.device("cpu"))
+        tree_mask(
+            np.ones((1, 1), dtype=np.bool_), "flash_attention_2", torch.float16, torch.device("cpu")
+        )
 
 
 def test_facts_count_what_a_forward_multiplies_with() -> None:

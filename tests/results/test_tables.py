@@ -259,10 +259,24 @@ def test_foreign_text_forms_no_markup_in_any_format(tmp_path: Path) -> None:
 
 
 def test_the_terminal_shows_square_brackets_and_obeys_no_escape_codes(tmp_path: Path) -> None:
-    output = shown(make_evil(tmp_path), width=600)
+    output = shown(make_evil(tmp_path), width=900)
     assert r"[bold red]x[/] \x1b[2J <script>" in output
     assert "\x1b" not in output
     assert "\u202e" not in output
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 250])
+def test_a_narrow_terminal_cuts_no_number(tmp_path: Path, width: int) -> None:
+    make_store(tmp_path, {"plain": 1.0, "token-recycling": 2.0})
+    index = ingest(tmp_path)
+    (table,) = tables.comparison_tables(index)
+    output = shown(index, width=width)
+    assert max(map(len, output.splitlines())) <= width
+    assert "…" not in output
+    found = [cell.strip() for line in output.splitlines() for cell in re.split("[│┃]", line)]
+    assert set(found) >= {*table.columns, *(cell for row in table.rows for cell in row)}
+    heads = [line for line in output.splitlines() if line.startswith("┃ method")]
+    assert len(heads) == {60: 5, 80: 4, 100: 3, 250: 1}[width]
 
 
 def test_the_page_can_be_read_aloud(tmp_path: Path) -> None:

@@ -47,6 +47,17 @@ def test_a_shard_changed_by_one_byte_is_found(store: Store, name: str) -> None:
     assert any(line.startswith(f"{path}: changed since it was sealed") for line in problems)
 
 
+def test_every_changed_file_of_a_shard_is_named_once(store: Store) -> None:
+    names = ["cells/cell-fast.json", "samples.parquet", "scores.parquet"]
+    for name in names:
+        with (store.shard(ID) / name).open("ab") as file:
+            file.write(b" ")
+    damage = [line for line in verify(store.path) if "changed since it was sealed" in line]
+    assert [line.split(": ")[0] for line in damage] == [
+        str(store.shard(ID) / name) for name in names
+    ]
+
+
 @pytest.mark.parametrize(
     ("table", "column", "value"),
     [

@@ -210,9 +210,7 @@ class HalfTheHeat(Tampering):
 
 
 def test_sampling_from_another_distribution_is_found(model: TextGenerator) -> None:
-    assert list(broken(check_method(HalfTheHeat, model))) == [
-        "declared output holds when sampling"
-    ]
+    assert list(broken(check_method(HalfTheHeat, model))) == ["declared output holds when sampling"]
 
 
 class OwnsUpToAnother(HalfTheHeat):
@@ -381,9 +379,9 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda m: torch.set_num_threads(7),
         lambda m: torch.set_num_threads(THREADS),
     ),
-    "default dtype": (
-        lambda m: torch.set_default_dtype(torch.float64),
-        lambda m: torch.set_default_dtype(torch.float32),
+    "matmul precision": (
+        lambda m: torch.set_float32_matmul_precision("medium"),
+        lambda m: torch.set_float32_matmul_precision("highest"),
     ),
     "torch's random state": (lambda m: torch.manual_seed(99), lambda m: torch.manual_seed(0)),
     "NumPy's random state": (lambda m: np.random.seed(99), lambda m: np.random.seed(0)),
@@ -435,9 +433,9 @@ class Swallows(Drafts):
 
 
 def test_a_method_that_swallows_exceptions_is_found(model: TextGenerator) -> None:
-    assert broken_after(Swallows(), model) == {
-        "they are restored after an exception too": "it swallowed an exception from inside its block."
-    }
+    assert list(broken_after(Swallows(), model).values()) == [
+        "it swallowed an exception from inside its block."
+    ]
 
 
 class Raises(Drafts):
@@ -498,5 +496,7 @@ def test_a_plugin_is_checked_by_name_and_needs_a_card(
 
 
 def test_an_unknown_name_is_the_users_mistake() -> None:
-    with pytest.raises(UsageError, match="no method named 'prompt-lokup'. Did you mean 'prompt-lookup'"):
+    with pytest.raises(
+        UsageError, match=r"no method named 'prompt-lokup'\. Did you mean 'prompt-lookup'"
+    ):
         conformance("prompt-lokup", Registry())

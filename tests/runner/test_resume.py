@@ -138,7 +138,9 @@ def test_a_kill_of_the_whole_run_ends_the_worker_too(tmp_path: Path) -> None:
     command = [sys.executable, "run.py", "run", "--store", str(store.path)]
     command += ["--model", model, "--plugin", str(PLUGIN)]
     command += ["--task", "parity:num_items=400,max_new_tokens=24", "--method", "twin"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         shards = store.experiment_ids()

@@ -1,4 +1,4 @@
-"""A small world for the runner: a local model folder, a plug-in task, and methods that misbehave."""
+"""A small world for the runner: a local model folder, and a plug-in that misbehaves."""
 
 from __future__ import annotations
 

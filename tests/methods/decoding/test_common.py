@@ -77,7 +77,9 @@ def test_what_is_no_text_generator_is_refused_with_what_it_lacks() -> None:
         facts = None
 
     with (
-        pytest.raises(Unsupported, match="'autoregressive' needs a text generator; 'tiny-detector'"),
+        pytest.raises(
+            Unsupported, match="'autoregressive' needs a text generator; 'tiny-detector'"
+        ),
         Autoregressive().apply(Detector(), CPU),  # type: ignore[arg-type]  # what is tested
     ):
         pass

@@ -117,7 +117,9 @@ def test_a_tree_of_one_node_is_plain_decoding_to_the_bit(
         verify = session.verify
         with monkeypatch.context() as patch:
             patch.setattr(
-                session, "verify", lambda self, tree: seen.append(verify(self, tree).clone()) or seen[-1]
+                session,
+                "verify",
+                lambda self, tree: seen.append(verify(self, tree).clone()) or seen[-1],
             )
             run.generate(PROMPT, Decoding(max_new_tokens=20, ignore_eos=True))
         return seen
@@ -138,7 +140,10 @@ def test_a_text_may_fill_the_context_to_its_last_position(
     decoding = Decoding(max_new_tokens=30, ignore_eos=True)
     prompt = (PROMPT * 20)[: model.facts.max_positions - 30]
     with method.apply(model, CPU) as changed:
-        assert changed.generate(prompt, decoding).token_ids == model.generate(prompt, decoding).token_ids
+        assert (
+            changed.generate(prompt, decoding).token_ids
+            == model.generate(prompt, decoding).token_ids
+        )
         one = changed.generate([7], decoding)
     assert one.token_ids == model.generate([7], decoding).token_ids
 
@@ -149,6 +154,7 @@ def test_sampled_texts_with_equal_seeds_are_the_plain_ones(method: DecodingMetho
     for seed in range(3):
         decoding = Decoding(max_new_tokens=30, temperature=0.8, seed=seed, ignore_eos=True)
         with method.apply(model, CPU) as changed:
-            assert changed.generate(PROMPT, decoding).token_ids == model.generate(
-                PROMPT, decoding
-            ).token_ids
+            assert (
+                changed.generate(PROMPT, decoding).token_ids
+                == model.generate(PROMPT, decoding).token_ids
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -48,16 +50,19 @@ def slow_lookup(text: list[int], size: int, keep: str) -> int | None:
     """Search the whole text for each length of suffix."""
     for length in range(min(size, len(text) - 1), 0, -1):
         found = [
-            end
-            for end in range(length, len(text))
-            if text[end - length : end] == text[-length:]
+            end for end in range(length, len(text)) if text[end - length : end] == text[-length:]
         ]
         if found:
             return found[0] if keep == "first" else found[-1]
     return None
 
 
-@given(texts, st.lists(st.integers(1, 5), max_size=12), st.integers(1, 4), st.sampled_from(["first", "last"]))
+@given(
+    texts,
+    st.lists(st.integers(1, 5), max_size=12),
+    st.integers(1, 4),
+    st.sampled_from(["first", "last"]),
+)
 def test_an_index_that_grows_finds_what_a_search_of_the_whole_text_finds(
     text: list[int], steps: list[int], size: int, keep: str
 ) -> None:
@@ -100,9 +105,10 @@ def test_lookup_leaves_greedy_and_sampled_texts_as_they_are(seed: int, keep: str
     for heat in (0.0, 0.9):
         decoding = Decoding(max_new_tokens=25, temperature=heat, seed=seed)
         with PromptLookup(occurrence=keep).apply(model, CPU) as changed:
-            assert changed.generate([0, 1], decoding).token_ids == decode(
-                model, [0, 1], decoding
-            ).token_ids
+            assert (
+                changed.generate([0, 1], decoding).token_ids
+                == decode(model, [0, 1], decoding).token_ids
+            )
 
 
 def test_sampling_keeps_the_models_distribution() -> None:
@@ -111,9 +117,9 @@ def test_sampling_keeps_the_models_distribution() -> None:
     decoding = Decoding(max_new_tokens=4, temperature=0.8)
     prompt = [0, 1, 2, 0]
     found = distribution(
-        lambda draws: decode(
-            model, prompt, decoding, method.drafter(model, CPU), draws=draws
-        ).token_ids
+        lambda draws: (
+            decode(model, prompt, decoding, method.drafter(model, CPU), draws=draws).token_ids
+        )
     )
     expected = {text: model.probability(prompt, text, 0.8) for text in np.ndindex(4, 4, 4, 4)}
     assert total_variation(found, expected) < 1e-6
@@ -139,7 +145,7 @@ def test_auto_takes_the_length_with_the_most_tokens_per_second() -> None:
 
 def test_survival_falls_with_depth() -> None:
     assert 0 < MATCH_SHARE < 1
-    assert all(1 > a >= b > 0 for a, b in zip(SURVIVAL, SURVIVAL[1:], strict=False))
+    assert all(1 > a >= b > 0 for a, b in itertools.pairwise(SURVIVAL))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def test_the_seed_decides_the_drafts_and_every_step_draws_anew() -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="tree_nodes must be a whole number from 0 to 128, got 500"):
+    with pytest.raises(
+        ValueError, match="tree_nodes must be a whole number from 0 to 128, got 500"
+    ):
         RandomDrafts(tree_nodes=500)
     with pytest.raises(ValueError, match="seed must be a whole number"):
         RandomDrafts(seed=-1)

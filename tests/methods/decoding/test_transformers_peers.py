@@ -23,7 +23,10 @@ PEERS = [HfGenerate(), HfPromptLookup()]
 
 
 def generate(
-    method: Method[TextGenerator], model: CausalLM, decoding: Decoding, prompt: Sequence[int] = PROMPT
+    method: Method[TextGenerator],
+    model: CausalLM,
+    decoding: Decoding,
+    prompt: Sequence[int] = PROMPT,
 ) -> Generation:
     with method.apply(model, CPU) as changed:
         return changed.generate(prompt, decoding)
@@ -134,7 +137,9 @@ def test_a_checkpoints_own_generation_defaults_are_put_aside_and_come_back() -> 
     own = model.module.generation_config
     own.repetition_penalty, own.top_k = 5.0, 1
     try:
-        assert generate(HfGenerate(), model, Decoding(max_new_tokens=20)).token_ids == plain.token_ids
+        assert (
+            generate(HfGenerate(), model, Decoding(max_new_tokens=20)).token_ids == plain.token_ids
+        )
         with pytest.raises(RuntimeError, match="on purpose"), HfGenerate().apply(model, CPU):
             raise RuntimeError("on purpose")
         assert model.module.generation_config is own
