@@ -6,7 +6,9 @@ the hub's>`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -308,7 +310,9 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        # The bar of the GGUF reader heeds no setting; what goes wrong is raised, not printed.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

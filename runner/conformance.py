@@ -35,7 +35,7 @@ from runner.registry import Registry
 PROFILE = Profile(name="conformance", kind="cpu", label="No particular device")
 # Tokens of each text, and texts that a sampled distribution is judged by.
 LENGTH = 24
-SAMPLES = 150
+SAMPLES = 100
 # Below this a difference between two sampled distributions is no accident; seeds are fixed, so a
 # method passes always or never.
 SIGNIFICANCE = 1e-4

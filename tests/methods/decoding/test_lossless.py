@@ -45,7 +45,7 @@ def gaps(model: CausalLM, prompt: Sequence[int], output: Sequence[int]) -> torch
 @pytest.mark.parametrize(("architecture", "kernels"), MODELS)
 def test_greedy_texts_are_the_models_own(architecture: str, kernels: str) -> None:
     model = tiny_model(architecture, kernels=kernels)
-    decoding = Decoding(max_new_tokens=40, ignore_eos=True)
+    decoding = Decoding(max_new_tokens=25, ignore_eos=True)
     plain = model.generate(PROMPT, decoding)
     assert gaps(model, PROMPT, plain.token_ids).max() <= 1e-3
     for method in METHODS:
@@ -66,14 +66,14 @@ def test_after_drafting_the_cache_is_that_of_a_fresh_prefill(
     monkeypatch.setattr(
         model, "session", lambda capacity: opened.append(session(capacity)) or opened[-1]
     )
-    decoding = Decoding(max_new_tokens=40, ignore_eos=True)
+    decoding = Decoding(max_new_tokens=25, ignore_eos=True)
     truth = decode(model, PROMPT, decoding).token_ids
     drafted = decode(model, PROMPT, decoding, HiddenTruth([*PROMPT, *truth]))
     assert drafted.token_ids == truth
     assert max(drafted.trace.accepted) == 3
     fresh = session(100)
     fresh.prefill([*PROMPT, *truth][: opened[-1].length])
-    assert opened[-1].length == fresh.length == len(PROMPT) + 39
+    assert opened[-1].length == fresh.length == len(PROMPT) + 24
     for found, expected in zip(opened[-1].cached(), fresh.cached(), strict=True):
         assert (found - expected).abs().max() < 1e-4
 
@@ -151,8 +151,8 @@ def test_a_text_may_fill_the_context_to_its_last_position(
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 def test_sampled_texts_with_equal_seeds_are_the_plain_ones(method: DecodingMethod) -> None:
     model = tiny_model()
-    for seed in range(3):
-        decoding = Decoding(max_new_tokens=30, temperature=0.8, seed=seed, ignore_eos=True)
+    for seed in range(2):
+        decoding = Decoding(max_new_tokens=20, temperature=0.8, seed=seed, ignore_eos=True)
         with method.apply(model, CPU) as changed:
             assert (
                 changed.generate(PROMPT, decoding).token_ids
