@@ -33,8 +33,8 @@ _PHASE_TIMEOUT = 1800.0
 _POLL_SECONDS = 0.2
 _LOG_CHARACTERS = 4000
 _READ_BYTES = 65536
-# Threads that wait for one another spin for some 30 microseconds, not for milliseconds as by default:
-# where another process or the hypervisor takes a core away, the spinning slowed a step tenfold.
+# Threads that wait for one another spin for some 30 microseconds, not for milliseconds as by
+# default: where another process or the hypervisor takes a core, spinning slowed a step tenfold.
 _SPIN_COUNT = "1000"
 
 
