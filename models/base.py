@@ -131,6 +131,7 @@ class TextModelFacts:
         num_heads: Query heads of a layer.
         matrix_parameters: Weights that each token is multiplied with (output head included, input
             embedding not).
+        head_parameters: Those of them in the output head, which a prompt needs once.
         weight_bytes: Bytes that one forward reads of them.
         kv_item_bytes: Bytes of one cached number.
         max_positions: Longest context.
@@ -144,23 +145,22 @@ class TextModelFacts:
     num_kv_heads: int
     head_dim: int
     matrix_parameters: int
+    head_parameters: int
     weight_bytes: int
     kv_item_bytes: int
     max_positions: int
     eos_ids: frozenset[int]
     dtype: str
 
-    def flops(self, forward: Forward, logits: int | None = None, hidden_size: int = 0) -> float:
+    def flops(self, forward: Forward, logits: int | None = None) -> float:
         """Return the operations of one forward; a multiply-add counts two.
 
         Args:
             forward: Width and context.
             logits: Positions run through the output head; all of them when None.
-            hidden_size: Width of the output head's input; needed when `logits` is given.
         """
-        matrices = 2.0 * self.matrix_parameters * forward.width
-        if logits is not None:
-            matrices -= 2.0 * self.vocab_size * hidden_size * (forward.width - logits)
+        headless = 0 if logits is None else forward.width - logits
+        matrices = 2.0 * (self.matrix_parameters * forward.width - self.head_parameters * headless)
         # Scores and weighted values: two products of head_dim per query head and attended token.
         attended = forward.width * forward.context + forward.width * (forward.width + 1) / 2
         return matrices + 4.0 * self.num_layers * self.num_heads * self.head_dim * attended

@@ -262,11 +262,19 @@ def check_fits(model: TextGenerator, prompt_ids: Sequence[int], decoding: Decodi
         )
 
 
-def count_work(trace: Trace, facts: TextModelFacts) -> None:
-    """Add the operations and cache bytes of a trace's forwards to it."""
-    for forward in (*trace.prefill, *trace.forwards):
+def count_work(trace: Trace, facts: TextModelFacts, *, prompt_logits: bool = False) -> None:
+    """Add the operations and cache bytes of a trace's forwards to it.
+
+    Args:
+        trace: Counted so far; changed in place.
+        facts: Sizes of the model.
+        prompt_logits: Whether the prompt's logits were computed for all of its tokens.
+    """
+    for forward in trace.prefill:
+        trace.flops += facts.flops(forward, None if prompt_logits else 1)
+    for forward in trace.forwards:
         trace.flops += facts.flops(forward)
-        trace.kv_bytes += facts.kv_read(forward)
+    trace.kv_bytes += sum(facts.kv_read(each) for each in (*trace.prefill, *trace.forwards))
 
 
 def decode(
@@ -338,7 +346,7 @@ def decode(
         trace.accepted.append(min(len(new) - 1, end.num_tokens - checked))
     trace.mark("decode", model.synchronize)
 
-    count_work(trace, model.facts)
+    count_work(trace, model.facts, prompt_logits=drafter.wants_prompt_logits)
     trace.notes.update(drafter.notes)
     kept = tuple(output[: end.num_tokens])
     return Generation(kept, stopper.text(kept), end.finish, trace)

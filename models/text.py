@@ -273,6 +273,7 @@ def model_facts(module: Any) -> TextModelFacts:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         matrix_parameters=matrices,
+        head_parameters=module.get_output_embeddings().weight.numel(),
         weight_bytes=matrices * item_bytes,
         kv_item_bytes=item_bytes,
         max_positions=config.max_position_embeddings,

@@ -368,7 +368,8 @@ class _Worker:
             cpu_seconds=reading.cpu_seconds,
             prefill_seconds=prefilled - measured.started if prefilled else None,
             output_tokens=len(ids),
-            decode_tokens=max(0, len(ids) - 1),
+            # The prefill emits one token; a peer that drafts before it may emit more there.
+            decode_tokens=max(0, len(ids) - int(trace.notes.get("prefill_tokens", 1))),
             target_forwards=len(forwards) if is_told else None,
             forward_tokens=sum(forward.width for forward in forwards) if is_told else None,
             draft_forwards=trace.draft_forwards if is_told else None,

@@ -216,6 +216,7 @@ def calibrated_nodes(
     context: int,
     most: int,
     share: float = 1.0,
+    filled: float = 1.0,
 ) -> int:
     """Return the number of drafts that yields the most tokens per second.
 
@@ -225,6 +226,7 @@ def calibrated_nodes(
         context: Cached tokens to calibrate at.
         most: Largest number of drafts to consider.
         share: Share of steps that draft at all; the others emit one token at the cost of one.
+        filled: Share of a tree's drafts that are made on the average.
 
     Returns:
         From 0, which is plain decoding, to `most`; the smaller of equals.
@@ -233,7 +235,8 @@ def calibrated_nodes(
 
     def rate(nodes: int) -> float:
         tokens = 1 - share + share * expected(nodes)
-        return tokens / ((1 - share) * plain + share * step_cost.at(nodes + 1, context))
+        width = 1 + round(filled * nodes)
+        return tokens / ((1 - share) * plain + share * step_cost.at(width, context))
 
     return max(range(most + 1), key=lambda nodes: (rate(nodes), -nodes))
 

@@ -81,7 +81,10 @@ def check_tree_nodes(tree_nodes: object, ranks: int) -> None:
 
 
 def static_tree(
-    tree_nodes: int | Literal["auto"], hardware: Profile, ranks: int = MOST_RANKS
+    tree_nodes: int | Literal["auto"],
+    hardware: Profile,
+    ranks: int = MOST_RANKS,
+    filled: float = 1.0,
 ) -> Topology:
     """Return the tree that a setting asks for.
 
@@ -91,11 +94,12 @@ def static_tree(
         hardware: Where it will run. Without a measured step cost `auto` takes the published tree
             on a GPU, where 80 drafts are nearly free, and 12 drafts on a CPU, where they are not.
         ranks: Candidates a node has; nodes of higher rank are left out of the published tree.
+        filled: Share of the tree's drafts that are made on the average, for `auto`.
     """
     if tree_nodes == "auto":
         cost = hardware.step_cost
         if cost is not None:
-            return _best_tree(_best_size(cost, ranks), ranks)
+            return _best_tree(_best_size(cost, ranks, filled), ranks)
         tree_nodes = PUBLISHED_NODES if hardware.kind == "cuda" else CPU_NODES
     if tree_nodes == PUBLISHED_NODES:
         return published_tree(ranks)
@@ -119,10 +123,14 @@ def _best_tree(nodes: int, ranks: int) -> Topology:
 
 
 @cache
-def _best_size(cost: StepCost, ranks: int) -> int:
+def _best_size(cost: StepCost, ranks: int, filled: float) -> int:
     most = min(MOST_NODES, sum(ranks**depth for depth in range(1, _LEVELS + 1)))
     return calibrated_nodes(
-        lambda nodes: expected_tokens_with(nodes, ranks), cost, middle_context(cost), most
+        lambda nodes: expected_tokens_with(nodes, ranks),
+        cost,
+        middle_context(cost),
+        most,
+        filled=filled,
     )
 
 

@@ -32,6 +32,11 @@ from models.draft_tree import DraftTree, Topology
 # Rows of prompt logits ranked at a time: a ranking copies what it looks at.
 PROMPT_CHUNK = 64
 
+# Share of a tree's drafts that stand under known rows, measured like the statistics of
+# `common_trees`, on the first 8 prompts with a cold matrix: of 12 drafts 5.0 without and 6.3 with
+# the prompt's rows, of 30 drafts 14.5.
+KNOWN_SHARE = 0.45
+
 
 class SuccessorMatrix:
     """For each token id, the ids that last seemed likeliest to follow it, best first.
@@ -180,7 +185,9 @@ class TokenRecycling(StatefulDecodingMethod):
         matrix = self.state_for(model, lambda: SuccessorMatrix(vocab_size, candidates, self.dtype))
         return RecyclingDrafter(
             matrix,
-            static_tree(self.tree_nodes, hardware, candidates),
+            static_tree(
+                self.tree_nodes, hardware, candidates, KNOWN_SHARE if self.skip_unknown else 1.0
+            ),
             prompt_update=self.prompt_update,
             accepted_only=self.update == "accepted",
             skip_unknown=self.skip_unknown,

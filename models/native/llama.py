@@ -93,7 +93,7 @@ class NativeLlama:
                 weight = _resolve(layer, path)
                 setattr(structure, field, None if weight is None else weight.data_ptr())
         positions = torch.arange(self.max_positions)[None]
-        cos, sin = decoder.rotary_emb(torch.zeros(1), positions)
+        cos, sin = decoder.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
         self._cos, self._sin = cos[0].float().contiguous(), sin[0].float().contiguous()
         self._model = _Model(
             self.num_layers,
@@ -118,7 +118,7 @@ class NativeLlama:
         size = self._library.scratch_floats(
             ctypes.addressof(self._model), nodes, capacity, self._threads
         )
-        return torch.empty(size)
+        return torch.empty(size, dtype=torch.float32)
 
     def forward(
         self,
@@ -177,7 +177,7 @@ class NativeSession:
         self._check_room(len(token_ids))
         # With all logits the pieces' rows go to one tensor; else only the last token's row matters.
         rows = len(token_ids) if all_logits else 1
-        logits = torch.empty(rows, self._model.vocab_size)
+        logits = torch.empty(rows, self._model.vocab_size, dtype=torch.float32)
         for start in range(0, len(token_ids), _PREFILL_WIDTH):
             piece = np.asarray(token_ids[start : start + _PREFILL_WIDTH], dtype=np.int64)
             width = len(piece)
@@ -230,7 +230,7 @@ class NativeSession:
         if nodes > self._nodes:
             self._nodes = nodes
             self._scratch = self._model.scratch(nodes, capacity)
-            self._logits = torch.empty(nodes, self._model.vocab_size)
+            self._logits = torch.empty(nodes, self._model.vocab_size, dtype=torch.float32)
 
     def _check_room(self, tokens: int) -> None:
         if self.length + tokens > self.capacity:

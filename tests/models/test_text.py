@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.base import Decoding, Unsupported
+from models.base import Decoding, Forward, Unsupported
 from models.decode import NoDraft
 from models.draft_tree import DraftTree, Topology
 from models.native.build import compiler
@@ -164,6 +164,11 @@ def test_facts_count_what_a_forward_multiplies_with() -> None:
     norms = sum(p.numel() for p in module.parameters() if p.ndim == 1)
     everything = sum(p.numel() for p in module.parameters())
     assert facts.matrix_parameters == everything - embedding - norms
+    assert facts.head_parameters == embedding == 97 * 64
+    body = facts.matrix_parameters - facts.head_parameters
+    attended = 4 * 3 * 4 * 16 * (5 * 7 + 15)  # two products a layer, query head and pair of tokens
+    assert facts.flops(Forward(5, 7)) == 2 * 5 * facts.matrix_parameters + attended
+    assert facts.flops(Forward(5, 7), 1) == 2 * (5 * body + facts.head_parameters) + attended
     assert facts.eos_ids == {0}
     assert facts.weight_bytes == 4 * facts.matrix_parameters
     assert NoDraft.max_nodes == 1

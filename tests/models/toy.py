@@ -50,6 +50,7 @@ class TableModel:
             num_kv_heads=1,
             head_dim=1,
             matrix_parameters=1,
+            head_parameters=0,
             weight_bytes=4,
             kv_item_bytes=4,
             max_positions=max_positions,

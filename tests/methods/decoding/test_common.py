@@ -226,6 +226,17 @@ def test_rare_drafts_may_be_longer_the_costlier_a_plain_step_is() -> None:
     assert rarely > always
 
 
+def test_trees_that_are_not_filled_cost_what_is_made_of_them() -> None:
+    def expected(nodes: int) -> float:
+        return 1 + 2 * (1 - 0.9**nodes)
+
+    cost = linear_cost(0.1)
+    rates = [expected(nodes) / cost.at(1 + round(0.5 * nodes), 500) for nodes in range(65)]
+    half = calibrated_nodes(expected, cost, 500, 64, filled=0.5)
+    assert half == int(np.argmax(rates))
+    assert half > calibrated_nodes(expected, cost, 500, 64)
+
+
 def test_the_middle_of_the_measured_contexts_stands_for_a_text() -> None:
     assert middle_context(StepCost((1,), (100, 300, 1000), ((1,), (1,), (1,)))) == 550
 

@@ -73,6 +73,18 @@ def test_without_a_measured_cost_auto_knows_only_the_kind_of_device() -> None:
     assert len(static_tree("auto", CPU)) == CPU_NODES + 1
 
 
+def test_skipping_unknown_rows_makes_auto_take_a_larger_tree() -> None:
+    cost = StepCost((1, 101), (128,), ((1, 3.0),))
+    profile = Profile(name="test", kind="cpu", label="test", step_cost=cost)
+    model = TableModel(random_table(30))
+    whole, skipping = (
+        TokenRecycling(tree_nodes="auto", skip_unknown=skip).drafter(model, profile).max_nodes
+        for skip in (False, True)
+    )
+    assert whole == len(static_tree("auto", profile))
+    assert skipping > whole
+
+
 def test_auto_takes_the_size_with_the_most_tokens_per_second() -> None:
     sizes = {}
     for per_node in (0.0, 0.002, 0.02, 0.1, 2.0):
