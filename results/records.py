@@ -149,7 +149,8 @@ class SampleRecord:
         target_forwards: Target forwards after the prefill; None for peers that do not tell.
         forward_tokens: Tokens fed in them, drafts included.
         bound_seconds: The sample's forwards at the measured lat(N): sum of lat(width, context).
-        peak_bytes: Device high-water mark, or growth of the host's resident set.
+        peak_bytes: High-water mark of the device's memory, or of the host process; weights and what
+            the process held before the call included.
         output: Text, or path of a file below the shard.
         output_digest: SHA-256 of the ids.
     """

@@ -27,6 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import psutil
+
 from hardware import ceilings, detect
 from hardware.meters import Meter, Reading
 from hardware.profile import Profile, StepCost
@@ -341,12 +343,20 @@ class _Worker:
                 started = time.perf_counter()
                 return started, self.task.call(changed, item, fixed_length=fixed_length)
 
+            resident = self._resident_bytes()
             (started, result), reading = self.meter.measure(call)
+            if reading.peak_bytes is not None:
+                # A GPU's mark holds the weights already; the host's is growth until here.
+                reading = replace(reading, peak_bytes=reading.peak_bytes + resident)
             called = time.perf_counter()
         cell.seconds["apply"] += entered - before + time.perf_counter() - called
         cell.seconds["measured"] += reading.seconds
         _check_result(result, self.model)
         return _Measured(result, reading, started)
+
+    def _resident_bytes(self) -> int:
+        """Return what the process holds in host memory; 0 where a device is metered instead."""
+        return int(psutil.Process().memory_info().rss) if self.profile.kind == "cpu" else 0
 
     def _sample(
         self, cell: _Cell, item: Item, repeat: int, position: int, measured: _Measured
