@@ -44,7 +44,7 @@ class Outcome:
 
     Attributes:
         run_id: Name of the run.
-        failed: Cells that did not end well; `unsupported` is an answer, not a failure.
+        failed: Cells that did not end well, or not at all; `unsupported` is an answer.
         interrupted: Whether the user stopped it.
     """
 
@@ -81,13 +81,14 @@ def execute(plan: Plan, listener: Listener) -> Outcome:
         interrupted = True
     status: Literal["interrupted", "finished"] = "interrupted" if interrupted else "finished"
     store.write_run(replace(record, finished=_now(), status=status))
-    failed = sum(
-        cell.status not in ("ok", "unsupported")
+    fine = {
+        (experiment_id, cell.cell_id)
         for experiment_id in {experiment_id for experiment_id, _ in plan.cells}
-        if (store.shard(experiment_id) / "cells").is_dir()
         for cell in store.cells(experiment_id)
-        if (experiment_id, cell.cell_id) in set(plan.cells)
-    )
+        if cell.status in ("ok", "unsupported")
+    }
+    # A cell without a record has failed too: its worker died before there was a shard to write to.
+    failed = sum(pair not in fine for pair in plan.cells)
     listener(Event(kind="run", status=status))
     return Outcome(plan.run_id, failed, interrupted)
 

@@ -97,3 +97,19 @@ def test_what_is_sealed_is_not_measured_again(
     assert plan.experiments == []
     assert [row["method"] for row in plan.cached] == ["autoregressive", "twin"]
     assert [list(pair) for pair in plan.cells] == run.cells[:2]
+
+
+def test_a_worker_that_cannot_begin_fails_every_cell(tmp_path: Path) -> None:
+    request = Request(
+        methods=("autoregressive", "twin"),
+        tasks=("parity:num_items=2",),
+        models=(save_model(tmp_path / "model"),),
+        store=tmp_path / "store",
+        plugins=(PLUGIN,),
+    )
+    plan = make_plan(request)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    events: list[Event] = []
+    outcome = execute(plan, events.append)
+    assert outcome.failed == 2
+    assert [event.status for event in events if event.kind == "cell"] == ["failed", "failed"]
