@@ -50,7 +50,7 @@ class LoadSettings:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    kernels: Literal["auto", "native", "transformers"] = "auto"
+    kernels: Literal["auto", "native", "graphs", "transformers"] = "auto"
     revision: str = "main"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,10 @@ from models.decode import decode
 from models.draft_tree import DraftTree
 from models.native.llama import NativeLlama, NativeSession
 
-Kernels = Literal["auto", "native", "transformers"]
+if TYPE_CHECKING:
+    from models.graphs import GraphPool
+
+Kernels = Literal["auto", "native", "graphs", "transformers"]
 
 # Widest tree that a session makes room for before it sees one; wider ones grow the buffers once.
 _USUAL_NODES = 16
@@ -31,7 +34,8 @@ class CausalLM:
         tokenizer: Text to ids and back.
         name: Id of the model, for messages and tables.
         facts: Its sizes.
-        kernels: What runs the forwards: `native` (C, float32, CPU, Llama-class) or `transformers`.
+        kernels: What runs the forwards: `native` (C, float32, CPU, Llama-class), `graphs`
+            (transformers' forward as recorded CUDA graphs) or `transformers`.
     """
 
     def __init__(
@@ -46,23 +50,29 @@ class CausalLM:
             kernels: `auto` takes the native ones where they support the model.
 
         Raises:
-            models.base.Unsupported: `native` was asked for and does not support the model, or the
-                model's layers keep a state that is no cache of keys and values.
+            models.base.Unsupported: `native` or `graphs` was asked for and does not support the
+                model or its device, or the model's layers keep a state that is no cache of keys
+                and values.
         """
         self.module: Any = module.eval()
         self.tokenizer = tokenizer
         self.name = name
         self.facts = model_facts(self.module)
         self._native: NativeLlama | None = None
-        if kernels != "transformers":
+        self._graphs: GraphPool | None = None
+        if kernels in ("auto", "native"):
             try:
                 self._native = NativeLlama(module)
             except Unsupported:
                 if kernels == "native":
                     raise
-        self.kernels: Kernels = "native" if self._native else "transformers"
         if not self._native:
             _refuse_unless_plain_attention(self.module)
+        if kernels == "graphs" or (kernels == "auto" and self.device.type == "cuda"):
+            self._graphs = self._graph_pool(required=kernels == "graphs")
+        self.kernels: Kernels = (
+            "native" if self._native else "graphs" if self._graphs else "transformers"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -72,8 +82,22 @@ class CausalLM:
     def session(self, capacity: int) -> Session:
         """Open a cache for at most `capacity` tokens, drafts included."""
         if self._native:
-            return NativeSession(self._native, capacity, _USUAL_NODES)
+            return _GrowingNativeSession(self._native, capacity, _USUAL_NODES)
+        if self._graphs:
+            return self._graphs.session(capacity)
         return TransformersSession(self.module, capacity)
+
+    def _graph_pool(self, *, required: bool) -> GraphPool | None:
+        from models.graphs import GraphPool  # it builds on this module's session
+
+        try:
+            if self.device.type != "cuda":
+                raise Unsupported(f"graphs run on a GPU; the weights are on {self.device}.")
+            return GraphPool(self.module)
+        except Unsupported:
+            if required:
+                raise
+            return None
 
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
         """Continue `prompt_ids` plainly, one token a forward."""
@@ -92,12 +116,23 @@ class TransformersSession:
     dropped that a rollback would need.
     """
 
-    def __init__(self, module: Any, capacity: int) -> None:
+    def __init__(
+        self, module: Any, capacity: int, layers: Sequence[_PreallocatedLayer] | None = None
+    ) -> None:
+        """Open an empty cache.
+
+        Args:
+            module: A causal language model of transformers.
+            capacity: Tokens that it holds at most, drafts included.
+            layers: Memory to use, one a decoder layer; reserved here when None.
+        """
         self._module = module
         self._config = module.config.get_text_config()
         self._device = next(module.parameters()).device
         self._dtype = next(module.parameters()).dtype
-        self._layers = [_PreallocatedLayer(capacity) for _ in range(self._config.num_hidden_layers)]
+        self._layers = layers or [
+            _PreallocatedLayer(capacity) for _ in range(self._config.num_hidden_layers)
+        ]
         self._cache = Cache(layers=list(self._layers))
         self._windows = _windows(self._config)
         self.length = 0
@@ -117,13 +152,33 @@ class TransformersSession:
         self.commit(range(width))
         return logits
 
-    @torch.inference_mode()
     def verify(self, tree: DraftTree) -> Tensor:
         """See `models.base.Session.verify`."""
+        return self.extend(tree, 0)
+
+    @torch.inference_mode()
+    def extend(self, tree: DraftTree, start: int) -> Tensor:
+        """Run the nodes of a growing tree from `start` on; those before it wait already.
+
+        For a tree that is drafted level by level: `commit` then keeps a path of all its nodes.
+
+        Returns:
+            Logits after each new node, (nodes - start, vocab), float32.
+        """
         topology = tree.topology
         plain = len(tree) == 1 and not any(self._windows.values())
-        masks = None if plain else self._masks(topology.ancestors, topology.depths)
-        return self._forward(tree.tokens, topology.depths, masks, 0)
+        masks = None if plain else self._masks(topology.ancestors, topology.depths, start)
+        self._set_cached(self.length + start)
+        try:
+            return self._forward(tree.tokens[start:], topology.depths[start:], masks, 0)
+        finally:
+            self._set_cached(self.length)
+
+    def truncate(self, length: int) -> None:
+        """Take back committed tokens from position `length` on; they wait again, in a row."""
+        _check_shorter(self.length, length)
+        self.length = length
+        self._set_cached(length)
 
     @torch.inference_mode()
     def commit(self, path: Sequence[int]) -> None:
@@ -135,9 +190,11 @@ class TransformersSession:
                 for states in (layer.keys, layer.values):
                     window = states[:, :, self.length : self.length + kept]
                     window.copy_(states.index_select(2, rows))
+        self._advance(kept)
+
+    def _advance(self, kept: int) -> None:
         self.length += kept
-        for layer in self._layers:
-            layer.length = self.length
+        self._set_cached(self.length)
 
     def cached(self) -> tuple[Tensor, Tensor]:
         """Return the committed keys and values, (layers, kv_heads, length, head_dim) each."""
@@ -154,11 +211,7 @@ class TransformersSession:
         masks: Tensor | dict[str, Tensor] | None,
         logits_to_keep: int,
     ) -> Tensor:
-        if self.length + len(tokens) > self.capacity:
-            raise ValueError(
-                f"{len(tokens)} tokens do not fit behind {self.length} cached ones: the session "
-                f"was opened for {self.capacity}."
-            )
+        self._require_room(len(tokens))
         output = self._module(
             input_ids=torch.from_numpy(tokens).to(self._device)[None],
             position_ids=torch.from_numpy(depths + self.length).to(self._device)[None],
@@ -170,15 +223,30 @@ class TransformersSession:
         logits: Tensor = output.logits[0].float()
         return logits
 
+    def _require_room(self, tokens: int) -> None:
+        if self.length + tokens > self.capacity:
+            raise ValueError(
+                f"{tokens} tokens do not fit behind {self.length} cached ones: the session "
+                f"was opened for {self.capacity}."
+            )
+
+    def _set_cached(self, length: int) -> None:
+        for layer in self._layers:
+            layer.length = length
+
     def _masks(
-        self, ancestors: npt.NDArray[np.bool_], depths: npt.NDArray[np.int64]
+        self, ancestors: npt.NDArray[np.bool_], depths: npt.NDArray[np.int64], start: int = 0
     ) -> Tensor | dict[str, Tensor]:
-        """Return the mask of each layer type, or the one mask if there is one type."""
+        """Return the mask of each layer type, or the one mask if there is one type.
+
+        Its rows are the nodes from `start` on, its columns the cached tokens and all nodes.
+        """
         positions = np.concatenate([np.arange(self.length), self.length + depths])
         visible = np.concatenate(
             [np.ones((len(depths), self.length), dtype=np.bool_), ancestors], axis=1
         )
-        distance = positions[self.length :, None] - positions[None]
+        visible = visible[start:]
+        distance = positions[self.length + start :, None] - positions[None]
         masks = {
             kind: tree_mask(
                 visible if window is None else visible & (distance < window),
@@ -189,6 +257,42 @@ class TransformersSession:
             for kind, window in self._windows.items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+class _GrowingNativeSession(NativeSession):
+    """A session of the native kernels that can run a tree as it grows, see `TransformersSession`.
+
+    The C forward knows whole trees only, so waiting nodes are run again, without the output head:
+    in a small draft model with a large vocabulary that head is most of the work.
+    """
+
+    def extend(self, tree: DraftTree, start: int) -> Tensor:
+        """See `TransformersSession.extend`."""
+        nodes = len(tree)
+        self._check_room(nodes)
+        self._reserve(nodes, self.capacity)
+        logits = self._logits[: nodes - start]
+        self._model.forward(
+            tree.tokens,
+            tree.topology.depths,
+            tree.topology.ancestors,
+            self.length,
+            self._cache,
+            self._scratch,
+            logits,
+            first_logit=start,
+        )
+        return logits
+
+    def truncate(self, length: int) -> None:
+        """See `TransformersSession.truncate`."""
+        _check_shorter(self.length, length)
+        self.length = length
+
+
+def _check_shorter(length: int, wanted: int) -> None:
+    if not 0 <= wanted <= length:
+        raise ValueError(f"a cache of {length} tokens cannot be cut to {wanted}.")
 
 
 class _PreallocatedLayer(CacheLayerMixin):

@@ -16,8 +16,8 @@ from models.text import CausalLM, TransformersSession, tree_mask
 from tests.models.tiny import ARCHITECTURES, NumberTokenizer, tiny_model, tiny_module
 
 PROMPT = [5, 17, 3, 88, 41, 2, 9, 63, 12, 30, 77, 51]
-KERNELS = ["transformers", "native"] if compiler() else ["transformers"]
-SESSIONS = [(name, "transformers") for name in ARCHITECTURES] + [
+KERNELS = ["transformers", "static", *(["native"] if compiler() else [])]
+SESSIONS = [(name, kernels) for name in ARCHITECTURES for kernels in ("transformers", "static")] + [
     (name, "native") for name in ("llama", "qwen2") if compiler()
 ]
 TREE = DraftTree(

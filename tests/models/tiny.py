@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 
+from models.graphs import GraphPool
 from models.text import CausalLM, Kernels
 
 _SIZES = {
@@ -73,8 +74,18 @@ def tiny_module(architecture: str, seed: int = 0, attention: str | None = None) 
 
 
 def tiny_model(
-    architecture: str = "llama", *, kernels: Kernels = "transformers", seed: int = 0
+    architecture: str = "llama",
+    *,
+    kernels: Kernels | Literal["static"] = "transformers",
+    seed: int = 0,
 ) -> CausalLM:
-    """Return a capability object over `tiny_module`."""
+    """Return a capability object over `tiny_module`.
+
+    Kernels `static` are the forwards over static buffers that a GPU records, without recording.
+    """
     module = tiny_module(architecture, seed)
+    if kernels == "static":
+        model = CausalLM(module, NumberTokenizer(), f"tiny-{architecture}", kernels="transformers")
+        model._graphs = GraphPool(module, record=lambda forward: forward)
+        return model
     return CausalLM(module, NumberTokenizer(), f"tiny-{architecture}", kernels=kernels)

@@ -1,0 +1,157 @@
+"""What the recipes of the embedded models share: schedule, averaged weights, curve, saving.
+
+A recipe is a fixed number of steps. `Clock` may end it early on a machine that is lent by the
+minute: progress is then the larger of the shares of steps and seconds used, so that the learning
+rate still reaches zero; the curve records what really ran.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def cosine(progress: float, *, warmup: float = 0.02, floor: float = 0.0) -> float:
+    """Return the learning rate's factor: linear warm-up, then half a cosine down to `floor`.
+
+    Args:
+        progress: Share of the training that is over, in [0, 1].
+        warmup: Share of the training spent warming up, in [0, 1).
+        floor: Factor at the end, in [0, 1].
+    """
+    if progress < warmup:
+        return max(progress, 1e-3 * warmup) / warmup
+    share = (progress - warmup) / (1 - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+class Clock:
+    """Steps and seconds of one training stage.
+
+    Iterating yields `(step, progress)` from (0, 0.0) until the steps or the seconds are spent.
+
+    Attributes:
+        steps: Planned optimizer steps.
+        max_seconds: Wall time after which the stage ends; None never ends it.
+        done: Steps really taken.
+    """
+
+    def __init__(self, steps: int, max_seconds: float | None = None) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}.")
+        self.steps = steps
+        self.max_seconds = max_seconds
+        self.done = 0
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the stage began, seconds."""
+        return time.monotonic() - self._start
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        self._start = time.monotonic()
+        for step in range(self.steps):
+            progress = step / self.steps
+            if self.max_seconds is not None:
+                progress = max(progress, self.seconds / self.max_seconds)
+            if progress >= 1:
+                return
+            yield step, progress
+            self.done = step + 1
+
+
+class AveragedWeights:
+    """Exponential moving average of a module's parameters and buffers.
+
+    The decay grows as (1 + n) / (10 + n) up to `decay`, so that the first updates, which start
+    from random weights, are forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+        self.decay = decay
+        self._updates = 0
+        self._average = {
+            name: value.detach().clone() for name, value in module.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the module's present weights."""
+        self._updates += 1
+        decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
+        floating, present = [], []
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                floating.append(self._average[name])
+                present.append(value.detach())
+            else:
+                self._average[name].copy_(value)
+        torch._foreach_lerp_(floating, present, 1 - decay)
+
+    def copy_to(self, module: nn.Module) -> None:
+        """Load the average into a module of the same shape."""
+        module.load_state_dict(self._average)
+
+
+class Curve:
+    """Writes the loss curve of a recipe as CSV: stage, step, seconds, then the given values."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        self._columns = columns
+        self._file = path.open("w", newline="")
+        self._writer = csv.writer(self._file)
+        self._writer.writerow(("stage", "step", "seconds", *columns))
+
+    def add(self, stage: str, step: int, seconds: float, **values: float) -> None:
+        """Append one row; a column without a value stays empty.
+
+        Raises:
+            ValueError: A value has no column.
+        """
+        if unknown := set(values) - set(self._columns):
+            raise ValueError(f"no column {sorted(unknown)}; there are {list(self._columns)}.")
+        cells = (f"{values[name]:.6g}" if name in values else "" for name in self._columns)
+        self._writer.writerow((stage, step, f"{seconds:.1f}", *cells))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def save_half(state: Mapping[str, Tensor], path: Path) -> int:
+    """Write tensors as safetensors, floating ones in float16, and return the file's bytes.
+
+    Tensors that share memory (a tied head) must be left out by the caller but once.
+
+    Raises:
+        ValueError: A value is not finite in float16; it would not survive the file.
+    """
+    halves = {}
+    for name, value in state.items():
+        value = value.detach().cpu()
+        if value.is_floating_point():
+            value = value.to(torch.float16)
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} holds values that float16 cannot.")
+        halves[name] = value.contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(halves, path, metadata={"format": "pt"})
+    return path.stat().st_size
