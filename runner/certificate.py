@@ -1,17 +1,27 @@
 """The lossless certificate: where a method's text leaves the baseline's, and whether it may.
 
-Greedy methods that promise identical output may differ from plain decoding only where the two best
-tokens are as good as equal, because products of another width round differently. At the first
+**Greedy** methods that promise identical output may differ from plain decoding only where the two
+best tokens are as good as equal, because products of another width round differently. At the first
 difference of each item the text before it is read once more, and the gap between the best logit and
 the logits of both tokens decides: a tie, or a violation.
+
+**Sampled** texts differ even where the distribution is the same. Each text of the method and of the
+baseline is read once more by the target, and two sums over its tokens are compared, item by item:
+how much more surprising they were than the distribution they should come from says on average, and
+how much more often the likeliest token stood there. Both sums vary around the same mean if the
+method keeps the distribution, however texts are stopped and trimmed; a sign-flip test over the
+items decides. It cannot prove sameness: it prints the number of items, and the exact tests by
+enumeration stand beside the methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from scipy import stats
 
 from models.base import Decoding, Generation, Session, TextGenerator
 from tasks.base import Item, Task
@@ -20,10 +30,34 @@ from tasks.base import Item, Task
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 
 
+# A sampled cell fails if one of its tests is less likely than this by chance.
+DISTRIBUTION_LEVEL = 1e-3
+_SIGN_FLIPS = 40_000
+
+
+class Asked(NamedTuple):
+    """What a task asks a model to continue for an item, and how."""
+
+    prompt_ids: list[int]
+    decoding: Decoding
+
+
+class Centred(NamedTuple):
+    """Two sums over a text's tokens whose expectation is the same for every exact sampler.
+
+    Attributes:
+        surprise: -log p of the tokens, less the entropy of their distributions, nats.
+        likeliest: Tokens that were the likeliest of all, less the sum of that one's probability.
+    """
+
+    surprise: float
+    likeliest: float
+
+
 class _Captured(Exception):  # a signal, no error
-    def __init__(self, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, asked: Asked) -> None:
         super().__init__()
-        self.prompt_ids = list(prompt_ids)
+        self.asked = asked
 
 
 class _Probe:
@@ -35,7 +69,7 @@ class _Probe:
         self.facts = model.facts
 
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
-        raise _Captured(prompt_ids)
+        raise _Captured(Asked(list(prompt_ids), decoding))
 
     def session(self, capacity: int) -> Session:
         raise AssertionError("a task generates; it opens no session")
@@ -44,12 +78,12 @@ class _Probe:
         """Nothing is running."""
 
 
-def prompt_of(task: Task[Any], model: TextGenerator, item: Item) -> list[int]:
-    """Return the ids that a task asks a model to continue for an item."""
+def asked(task: Task[Any], model: TextGenerator, item: Item) -> Asked:
+    """Return what a task asks a model to continue for an item."""
     try:
         task.call(_Probe(model), item)
     except _Captured as captured:
-        return captured.prompt_ids
+        return captured.asked
     raise ValueError(f"task {type(task).__name__} did not call generate for item {item.id!r}.")
 
 
@@ -102,3 +136,60 @@ def summary(
     """Return `identical`, `tie` or `violation` for a cell."""
     verdicts = {found["verdict"] for found in divergences}
     return "violation" if "violation" in verdicts else "tie" if verdicts else "identical"
+
+
+def centred(
+    model: TextGenerator, prompt_ids: Sequence[int], output_ids: Sequence[int], temperature: float
+) -> Centred:
+    """Read a sampled text once more and return its centred sums.
+
+    Args:
+        model: The target.
+        prompt_ids: What was continued.
+        output_ids: The continuation, any length.
+        temperature: Of the sampling, above 0.
+    """
+    if not output_ids:
+        return Centred(0.0, 0.0)
+    text = [*prompt_ids, *output_ids[:-1]]
+    logits = model.session(len(text)).prefill(text, all_logits=True)[-len(output_ids) :]
+    log_probabilities = torch.log_softmax(logits.float() / temperature, dim=-1).double()
+    probabilities = log_probabilities.exp()
+    entropy = -(probabilities * log_probabilities).nan_to_num(0.0).sum(dim=-1)
+    tokens = torch.tensor(output_ids, device=logits.device)[:, None]
+    best, place = probabilities.max(dim=-1)
+    return Centred(
+        surprise=float((-log_probabilities.gather(1, tokens)[:, 0] - entropy).sum()),
+        likeliest=float(((place == tokens[:, 0]).double() - best).sum()),
+    )
+
+
+def distribution_test(
+    baseline: Sequence[Centred], method: Sequence[Centred], *, seed: int
+) -> dict[str, float | int]:
+    """Test whether two samplers' texts of the same items have the same centred sums.
+
+    Args:
+        baseline: One a text.
+        method: The same items in the same order.
+        seed: Of the sign flips, where there are too many to try them all.
+
+    Returns:
+        `items`, `surprise_difference` and `likeliest_difference` (means, method less baseline), and
+        `p`, the smaller of both two-sided p-values times two.
+    """
+    differences = np.asarray(method, dtype=float) - np.asarray(baseline, dtype=float)
+    found: dict[str, float | int] = {"items": len(differences)}
+    smallest = 1.0
+    for name, column in zip(Centred._fields, differences.T, strict=True):
+        found[f"{name}_difference"] = float(column.mean())
+        if np.ptp(column) or column[0]:  # all alike and zero: nothing to test
+            test = stats.permutation_test(
+                (column,),
+                np.mean,
+                permutation_type="samples",
+                n_resamples=_SIGN_FLIPS,
+                rng=np.random.default_rng(seed),
+            )
+            smallest = min(smallest, float(test.pvalue))
+    return {**found, "p": min(1.0, 2 * smallest)}

@@ -46,7 +46,15 @@ from results.records import (
     Status,
 )
 from results.store import Store
-from runner.certificate import divergence, prompt_of, summary
+from runner.certificate import (
+    DISTRIBUTION_LEVEL,
+    Centred,
+    asked,
+    centred,
+    distribution_test,
+    divergence,
+    summary,
+)
 from runner.registry import Registry
 from runner.settings import build, parse_spec
 from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec
@@ -471,11 +479,17 @@ class _Worker:
             divergences: list[dict[str, Any]] = []
             if cell.spec.declared_output != Output.IDENTICAL:
                 check = cast(OutputCheck, cell.spec.declared_output)
+                if check == "same-distribution" and cell is not self.cells[0] and baseline:
+                    test = self._distribution_test(baseline, outputs[cell.spec.cell_id])
+                    record = replace(record, notes={**record.notes, "distribution": test})
+                    if test["p"] < DISTRIBUTION_LEVEL:
+                        check = "violation"
+                        record = replace(record, status="failed", error=_bias(test))
             elif baseline:
                 divergences = self._divergences(baseline, outputs[cell.spec.cell_id])
                 check = summary(divergences)
-            if check == "violation":
-                record = replace(record, status="failed", error=_violation(divergences))
+                if check == "violation":
+                    record = replace(record, status="failed", error=_violation(divergences))
             record = replace(record, output_check=check, divergences=divergences)
             self.store.write_cell(record)
             self.tell(
@@ -495,10 +509,28 @@ class _Worker:
             ours, theirs = baseline.get(item.id), method.get(item.id)
             if ours is None or theirs is None or ours == theirs:
                 continue
-            prompt_ids = prompt_of(self.task, self.model, item)
+            prompt_ids = asked(self.task, self.model, item).prompt_ids
             if difference := divergence(self.model, prompt_ids, ours, theirs):
                 found.append({"item_id": item.id, **difference})
         return found
+
+    def _distribution_test(
+        self, baseline: dict[str, list[int]], method: dict[str, list[int]]
+    ) -> dict[str, float | int]:
+        """Hold a sampling method's texts against the baseline's, item by item."""
+        pairs: list[tuple[Centred, Centred]] = []
+        for item in self.items:
+            texts = baseline.get(item.id), method.get(item.id)
+            if texts[0] is None or texts[1] is None:
+                continue
+            prompt_ids, decoding = asked(self.task, self.model, item)
+            first, second = (
+                centred(self.model, prompt_ids, text or [], decoding.temperature) for text in texts
+            )
+            pairs.append((first, second))
+        return distribution_test(
+            [first for first, _ in pairs], [second for _, second in pairs], seed=self.spec.seed
+        )
 
 
 def _order(spec: ExperimentSpec, item_id: str, repeat: int) -> list[int]:
@@ -554,6 +586,15 @@ def _violation(divergences: Sequence[dict[str, Any]]) -> str:
     return (
         f"declared identical, but {len(worst)} items differ from the baseline beyond a tie; first "
         f"at token {first['position']} of {first['item_id']} (gap {first['top2_gap']})"
+    )
+
+
+def _bias(test: dict[str, float | int]) -> str:
+    return (
+        f"declared same-distribution, but over {test['items']} items its texts are those of the "
+        f"baseline's distribution with p = {test['p']:.1e} only (surprise "
+        f"{test['surprise_difference']:+.2f} nats a text, likeliest tokens "
+        f"{test['likeliest_difference']:+.2f} a text)"
     )
 
 
