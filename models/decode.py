@@ -43,6 +43,10 @@ class Accepted(NamedTuple):
     bonus: int
 
 
+AcceptanceRule = Callable[[DraftTree, NodeProbabilities, "Draws"], Accepted]
+"""Accepts a path of a verified tree by draws from the target's distributions."""
+
+
 class Drafter(Protocol):
     """Proposes trees and learns from what became of them. One lives for one text.
 
@@ -284,6 +288,7 @@ def decode(
     drafter: Drafter | None = None,
     *,
     draws: Draws | None = None,
+    rule: AcceptanceRule | None = None,
 ) -> Generation:
     """Continue a prompt.
 
@@ -293,6 +298,7 @@ def decode(
         decoding: Length, stop strings, temperature.
         drafter: Proposes trees; None decodes plainly.
         draws: Randomness of the sampling; by default from the seed of `decoding`.
+        rule: How a tree is accepted when sampling; by default the exact one for its kind.
 
     Returns:
         The trimmed text with its trace. Greedy output does not depend on the drafter, up to
@@ -314,8 +320,10 @@ def decode(
     def accept(tree: DraftTree, logits: Tensor) -> Accepted:
         if decoding.temperature == 0:
             return accept_greedy(tree, logits)
-        rule = accept_sampled if tree.draft_probabilities is None else accept_without_replacement
-        return rule(tree, lambda node: next_token_probabilities(logits[node], decoding), draws)
+        exact = accept_sampled if tree.draft_probabilities is None else accept_without_replacement
+        return (rule or exact)(
+            tree, lambda node: next_token_probabilities(logits[node], decoding), draws
+        )
 
     prompt_logits = session.prefill(prompt_ids, all_logits=drafter.wants_prompt_logits)
     trace.prefill.append(Forward(len(prompt_ids), 0))
