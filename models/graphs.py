@@ -109,6 +109,10 @@ class GraphSession(TransformersSession):
         logits = self._recorded.forward(tree, self.length, width)
         return logits[: len(tree)].to(torch.float32, copy=True)  # the next replay overwrites it
 
+    def extend(self, tree: DraftTree, start: int) -> Tensor:
+        """See `TransformersSession.extend`; replaying the whole tree costs less than launching."""
+        return self.verify(tree)[start:]
+
     @torch.inference_mode()
     def commit(self, path: Sequence[int]) -> None:
         """See `models.base.Session.commit`."""

@@ -144,7 +144,7 @@ def load(model_id: str, settings: LoadSettings | None = None, *, offline: bool =
     if dtype_name == "auto":
         dtype_name = "float32" if device == "cpu" else "bfloat16"
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             module: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype_name),
@@ -247,7 +247,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         source = {"gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
@@ -316,7 +316,7 @@ def _file_hash(path: Path) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bars and notes out of the output while it loads."""
     from transformers.utils import logging
 

@@ -154,9 +154,8 @@ class TransformersSession:
 
     def verify(self, tree: DraftTree) -> Tensor:
         """See `models.base.Session.verify`."""
-        return self.extend(tree, 0)
+        return self._run(tree, 0)
 
-    @torch.inference_mode()
     def extend(self, tree: DraftTree, start: int) -> Tensor:
         """Run the nodes of a growing tree from `start` on; those before it wait already.
 
@@ -165,20 +164,7 @@ class TransformersSession:
         Returns:
             Logits after each new node, (nodes - start, vocab), float32.
         """
-        topology = tree.topology
-        plain = len(tree) == 1 and not any(self._windows.values())
-        masks = None if plain else self._masks(topology.ancestors, topology.depths, start)
-        self._set_cached(self.length + start)
-        try:
-            return self._forward(tree.tokens[start:], topology.depths[start:], masks, 0)
-        finally:
-            self._set_cached(self.length)
-
-    def truncate(self, length: int) -> None:
-        """Take back committed tokens from position `length` on; they wait again, in a row."""
-        _check_shorter(self.length, length)
-        self.length = length
-        self._set_cached(length)
+        return self._run(tree, start)
 
     @torch.inference_mode()
     def commit(self, path: Sequence[int]) -> None:
@@ -203,6 +189,18 @@ class TransformersSession:
             for name in ("keys", "values")
         )
         return keys, values
+
+    @torch.inference_mode()
+    def _run(self, tree: DraftTree, start: int) -> Tensor:
+        topology = tree.topology
+        self._require_room(len(tree))
+        plain = len(tree) == 1 and not any(self._windows.values())
+        masks = None if plain else self._masks(topology.ancestors, topology.depths, start)
+        self._set_cached(self.length + start)
+        try:
+            return self._forward(tree.tokens[start:], topology.depths[start:], masks, 0)
+        finally:
+            self._set_cached(self.length)
 
     def _forward(
         self,
@@ -283,16 +281,6 @@ class _GrowingNativeSession(NativeSession):
             first_logit=start,
         )
         return logits
-
-    def truncate(self, length: int) -> None:
-        """See `TransformersSession.truncate`."""
-        _check_shorter(self.length, length)
-        self.length = length
-
-
-def _check_shorter(length: int, wanted: int) -> None:
-    if not 0 <= wanted <= length:
-        raise ValueError(f"a cache of {length} tokens cannot be cut to {wanted}.")
 
 
 class _PreallocatedLayer(CacheLayerMixin):
