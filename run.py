@@ -97,10 +97,24 @@ def run(
     timeout: Timeout = None,
     offline: Offline = False,
     plugin: Plugins = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Look for numbers that were not earned.")
+    ] = False,
+    work_only: Annotated[
+        bool, typer.Option("--work-only", help="Count work on tiny models; no clock, no weights.")
+    ] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="With --work-only: write the committed fingerprints.")
+    ] = False,
 ) -> None:
     """Measure methods on tasks and models, then print the comparison tables."""
     from runner.suites import make_request
 
+    if update and not work_only:
+        raise UsageError("--update belongs to --work-only: it rewrites the committed fingerprints.")
+    if work_only:
+        count_work(method or [], update)
+        return
     measure(
         make_request(
             registry(plugin),
@@ -115,6 +129,7 @@ def run(
             scenario=scenario,
             store=store,
             fresh=fresh,
+            audit=audit,
             timeout=timeout,
             offline=offline,
         )
@@ -191,7 +206,7 @@ def list_(
 @app.command()
 def show(
     kind: Annotated[str, typer.Argument(help="method, task, model, hardware, suite or cell.")],
-    name: Annotated[str, typer.Argument(help="Its name; of a cell, its id or the start of it.")],
+    name: Annotated[str, typer.Argument(help="Its name; of a cell its id, or METHOD@TASK.")],
     store: Store = Request.store,
     plugin: Plugins = None,
 ) -> None:
@@ -290,6 +305,132 @@ def verify(store: Store = Request.store) -> None:
 
 
 @app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="What was good: latest, a run, commit or folder.")],
+    head: Annotated[str, typer.Argument(help="What is judged; FOLDER@RUN names both.")],
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")] = None,
+    github: Annotated[
+        bool, typer.Option("--github", help="Print annotations, write the step summary.")
+    ] = False,
+    format: Annotated[str, typer.Option("--format", help="table, md or json.")] = "table",
+    store: Store = Request.store,
+    plugin: Plugins = None,
+) -> None:
+    """Judge a run against an earlier one; ends with 1 on a regression."""
+    from results import compare as comparing
+    from results import junit as builds
+    from results.store import Store as Results
+    from runner.indexing import aggregates
+
+    choose("--format", format, ("table", *comparing.FORMATS))
+    with store_errors(2):
+        sides = [comparing.resolve(name, Results(store)) for name in (base, head)]
+        comparing.refuse_same(*sides)
+    known = registry(plugin)
+    with store_errors(1):
+        corpus: dict[str, Any] = {}
+        for side in sides:
+            corpus |= aggregates(side.store.path, known)
+        found = comparing.compare(*sides, aggregates=corpus)
+    if format == "table":
+        if shown := comparing.rows(found, everything=False):
+            show_rows(shown, format)
+        for line in (*found.notes, found.summary):
+            typer.echo(plain(line))
+    else:
+        typer.echo(comparing.render(found, format).rstrip("\n"))
+    if junit is not None:
+        write_text(junit, builds.junit(found))
+    if github:
+        for line in builds.github_annotations(found):
+            typer.echo(line)
+        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+            write_text(Path(summary), comparing.render(found, "md"), append=True)
+    if found.regressions:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD]…")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Test at the paper's scale: hf:ID or path:FOLDER.")
+    ] = None,
+    limit: Limit = None,
+    store: Store = Request.store,
+    timeout: Timeout = None,
+    offline: Offline = False,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Judge by what is there.")] = False,
+    badges: Annotated[Path | None, typer.Option(help="Write a badge of each paper here.")] = None,
+    format: Annotated[str, typer.Option("--format", help="table, md, json or html.")] = "table",
+    plugin: Plugins = None,
+) -> None:
+    """Settle the claims of papers; for the methods named, measure first what is missing."""
+    from results import claim_report
+    from results.store import Store as Results
+    from runner import reproduce as reproducing
+
+    choose("--format", format, ("table", *claim_report.FORMATS))
+    known, names = registry(plugin), methods or []
+    reproducing.check_names(known, names)
+    is_fine = True
+    if names and not no_run:
+        is_fine = measure_claims(
+            known, names, model, limit=limit, store=store, timeout=timeout, offline=offline
+        )
+    with store_errors(1):
+        reports = reproducing.settle_claims(known, names, Results(store).index_path)
+    if badges is not None:
+        try:
+            claim_report.write_badges(reports, badges)
+        except OSError as error:
+            raise UsageError(f"cannot write badges to {badges}: {error.strerror}.") from error
+    if format == "table":
+        show_rows([row for report in reports for row in report.short_rows()], format)
+        typer.echo(claim_report.summary(reports))
+    else:
+        typer.echo(claim_report.render(reports, format).rstrip("\n"))
+    if not is_fine:
+        raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    run: Annotated[str, typer.Option(help="Run, commit, or latest.")] = "latest",
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    format: TableFormat = "table",
+    store: Store = Request.store,
+    plugin: Plugins = None,
+) -> None:
+    """Judge stored outputs again, by several scorers; ends with 1 if ours changed its mind."""
+    from runner import scoring
+    from runner.indexing import update_index
+
+    choose("--format", format, TABLE_FORMATS)
+    known = registry(plugin)
+    with store_errors(1):
+        done = scoring.rescore(
+            store, known, run=run, tasks=task or (), tell=lambda line: typer.echo(line, err=True)
+        )
+        rows = scoring.table_rows(done, store)
+        update_index(store, known)
+    disputed = scoring.disputed_rows(done)
+    if format == "json":
+        typer.echo(json.dumps({"cells": rows, "disputed": disputed}, indent=2, ensure_ascii=False))
+    else:
+        for shown in (rows, disputed):
+            for names in dict.fromkeys(tuple(row) for row in shown):
+                show_rows([row for row in shown if tuple(row) == names], format)
+                typer.echo()
+    changed = [change for each in done for change in each.changed]
+    for cell_id, item_id, metric, before, now in changed:
+        line = f"{item_id} of cell {cell_id[:12]}: {metric} was {before} in the run, is {now} now"
+        typer.echo(plain(line), err=True)
+    if changed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def fetch(
     names: Annotated[list[str], typer.Argument(metavar="MODEL|TASK…")],
     offline: Offline = False,
@@ -337,6 +478,23 @@ def doctor(format: TableFormat = "table") -> None:
         for check in checks()
     ]
     show_rows(rows, format)
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="method or task.")],
+    name: Annotated[str, typer.Argument(help="Lower case with hyphens, such as my-method.")],
+) -> None:
+    """Write the files of a new method or task: a working start, with its test."""
+    from datetime import UTC, datetime
+
+    from runner.scaffold import Scaffolded, scaffold
+
+    chosen = cast("Scaffolded", choose("new", kind, ("method", "task")))
+    for path in scaffold(chosen, name, year=datetime.now(UTC).year):
+        typer.echo(f"written: {os.path.relpath(path)}")
+    if chosen == "method":
+        typer.echo(f"next: python run.py conformance {name}")
 
 
 @app.command()
@@ -408,6 +566,78 @@ def measure(request: Request) -> None:
         raise typer.Exit(1)
 
 
+def count_work(specs: Sequence[str], is_update: bool) -> None:
+    """Print the work of methods on tiny models and what differs from the committed fingerprints.
+
+    Raises:
+        UsageError: A method has no fingerprint, or is named with parameters.
+        typer.Exit: With 1 if something differs and was not to be updated.
+    """
+    from runner import fingerprint
+
+    if named := [spec for spec in specs if ":" in spec]:
+        raise UsageError(f"work is counted at a method's defaults, got {named[0]!r}.")
+    known, before = registry(), fingerprint.committed()
+    found = fingerprint.fingerprints(known, specs)
+    gone = set() if specs else before.keys() - found.keys()
+    show_rows(fingerprint.rows(found), "table")
+    seen = {name: before[name] for name in before if name in found or name in gone}
+    changed = fingerprint.differences(seen, found)
+    typer.echo()
+    if not changed:
+        typer.echo(f"{len(found)} methods: the committed fingerprints hold")
+        return
+    show_rows(changed, "table")
+    if is_update:
+        kept = {name: counts for name, counts in before.items() if name not in gone}
+        fingerprint.write({**kept, **found})
+        typer.echo(f"written: {fingerprint.PATH}")
+        return
+    typer.echo(f"The work has changed. If it should: {fingerprint.UPDATE}", err=True)
+    raise typer.Exit(1)
+
+
+def measure_claims(
+    known: Registry, names: Sequence[str], model: str | None, **options: Any
+) -> bool:
+    """Measure what the claims of some methods need; return whether all of it ended well."""
+    from runner import reproduce as reproducing
+    from runner.indexing import update_index
+
+    store: Path = options["store"]
+    asked = list(reproducing.requests(known, names, model=model, **options))
+    with store_errors(1):
+        ended_well = [measure_quietly(request) for request in asked]
+        if not asked or not store.is_dir():
+            return all(ended_well)
+        index = update_index(store, known)
+        if model is None and (again := reproducing.apart(known, names, index, asked)):
+            ended_well += [measure_quietly(request) for request in again]
+            update_index(store, known)
+    return all(ended_well)
+
+
+def measure_quietly(request: Request) -> bool:
+    """Measure a request and return whether all of it ended well; stdout stays free for verdicts."""
+    from rich.console import Console
+
+    from runner.execute import execute
+    from runner.plan import make_plan
+    from runner.progress import progress
+
+    try:
+        made = make_plan(request)
+    except UsageError as error:
+        typer.echo(f"not measured: {plain(str(error))}", err=True)
+        return False
+    width = None if sys.stderr.isatty() else PLAIN_WIDTH
+    with progress(Console(stderr=True, width=width)) as listener:
+        outcome = execute(made, listener)
+    if outcome.interrupted:
+        raise typer.Abort
+    return not outcome.failed
+
+
 def index_of(store: Path) -> Path:
     """Return the index of a store.
 
@@ -423,6 +653,19 @@ def index_of(store: Path) -> Path:
             "`python run.py rebuild` makes the index where there are shards."
         )
     return index
+
+
+def write_text(path: Path, text: str, *, append: bool = False) -> None:
+    """Write a file that the user named.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    try:
+        with path.open("a" if append else "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}.") from error
 
 
 def registry(plugins: Sequence[Path] | None = None) -> Registry:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from hardware.profile import Profile
@@ -37,12 +38,15 @@ class Method(ABC, Generic[Capability]):
         capability: Name of the capability it takes and yields.
         neutral: Settings at which it equals the baseline to the bit, for the conformance battery;
             None if there are none.
+        trial: Settings in the place of the defaults with which the conformance battery, whose model
+            is tiny and whose prompts are bare, can see the method act.
     """
 
     output: ClassVar[Output]
     role: ClassVar[Role] = "method"
     capability: ClassVar[str]
     neutral: ClassVar[Mapping[str, Any] | None] = None
+    trial: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod
     def apply(self, model: Capability, hardware: Profile) -> AbstractContextManager[Capability]:
@@ -76,6 +80,18 @@ class Method(ABC, Generic[Capability]):
 PaperKind = Literal["method", "survey"]
 Bound = Literal["exact", "about", "up-to", "at-least", "at-most"]
 Confidence = Literal["certain", "uncertain"]
+Measure = Literal[
+    "speedup",
+    "tokens_per_forward",
+    "acceptance_rate",
+    "work",
+    "memory",
+    "quality",
+    "note",
+    "computed",
+]
+Direction = Literal["above", "below", "no-loss"]
+Setting = str | int | float | bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +120,53 @@ class Paper:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """How a measurement of ours tests a claim, from a `[claim.check]` table.
+
+    Attributes:
+        measure: What is compared, method against rival: `speedup` (time of an output token, rival
+            over method), `tokens_per_forward`, `acceptance_rate` (accepted over drafted tokens),
+            `work` (operations of an output token), `memory` (peak bytes), each method over rival;
+            `quality` (headline metric, method less rival); `note`, a count that methods leave in
+            their notes, method over rival; or `computed`, which compares `quantity / per * times`
+            with the claim's number and depends on no scale.
+        direction: On which side of "no difference" the claim puts it; `no-loss` is not worse by
+            more than the margin of the experiment.
+        params: Settings that the method's cell must have; others may have any value.
+        rival: Method compared with; empty for the baseline.
+        rival_params: Settings that the rival's cell must have.
+        task: Task of the embedded measurement.
+        model: Embedded model.
+        expected: What the claim's number means in terms of `measure`, where it is not that number
+            itself (30% faster: 1.3).
+        tolerance: Relative distance at which a number still counts as reached.
+        quantity, per, times: For `computed`: a note of the cell or the sum of a column of its
+            samples; another one to divide by; and a factor. For `note`: the quantity alone.
+        paper_model: `hf:` id to test it with at the paper's scale.
+        paper_params: Settings there, in place of `params`, where they differ.
+        paper_task: Our task of that measurement, if it is the claim's own; empty if we lack it.
+        paper_hardware: Hardware profiles on which the number itself can be tested; empty for any.
+    """
+
+    measure: Measure
+    direction: Direction = "above"
+    params: Mapping[str, Setting] = field(default_factory=dict)
+    rival: str = ""
+    rival_params: Mapping[str, Setting] = field(default_factory=dict)
+    task: str
+    model: str
+    expected: float | None = None
+    tolerance: float = 0.1
+    quantity: str = ""
+    per: str = ""
+    times: float = 1.0
+    paper_model: str = ""
+    paper_params: Mapping[str, Setting] = field(default_factory=dict)
+    paper_task: str = ""
+    paper_hardware: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """One statement of a paper with its conditions, from a `[[claim]]` table.
 
@@ -121,6 +184,13 @@ class Claim:
         where: Place in the paper or elsewhere; a third party is named.
         confidence: `certain` or `uncertain`: how sure the reading is, not how likely the claim.
         note: What is uncertain, or what must be known to judge the claim.
+        ceiling: Largest value, in the number's unit, that the paper's own counts allow; None where
+            none are stated.
+        ceiling_from: Which counts, and why nothing can exceed them.
+        differs: How the claim's protocol differs from any measurement of ours, where it does so for
+            certain.
+        missing: What it takes to test the claim besides weights, data and hardware (`Medusa`).
+        check: How our measurements test it; None where none does.
     """
 
     id: str
@@ -137,3 +207,8 @@ class Claim:
     where: str
     confidence: Confidence = "certain"
     note: str = ""
+    ceiling: float | None = None
+    ceiling_from: str = ""
+    differs: str = ""
+    missing: tuple[str, ...] = ()
+    check: Check | None = None

@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from results import schema
+from results import claims as claim_verdicts
+from results import rescored, schema
 from results.records import RunRecord
 from results.store import Store, StoreError, publish, temporary_path
 from results.summary import Aggregate, summarize
@@ -37,6 +38,8 @@ _ARROW_TYPES: dict[str, pa.DataType] = {
     "DOUBLE": pa.float64(),
     "BOOLEAN": pa.bool_(),
 }
+# What DuckDB makes of a disk that is full or cannot be written.
+_DISK_ERRORS = (duckdb.IOException, duckdb.TransactionException, duckdb.FatalException)
 _CLAIM_NAMES = {"id": "claim_id", "where": "stated_in"}  # `where` is a word of SQL
 
 
@@ -143,9 +146,11 @@ def _update(
                 shutil.copyfile(index, building)
             problems = fill(building, store, claims, aggregates)
             publish(building, index)
-    except OSError as error:
+    except (OSError, *_DISK_ERRORS) as error:
+        why = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        _discard(temporary_path(index))  # half an index would keep a full disk full
         raise StoreError(
-            f"{index}: cannot be written: {error.strerror}. The measurements are safe in the "
+            f"{index}: cannot be written: {why}. The measurements are safe in the "
             "shards; make room or fix the permissions, and ingest again."
         ) from error
     if problems:
@@ -153,6 +158,13 @@ def _update(
             "\n".join([*problems, f"These were left out; everything else is in {index}."])
         )
     return index
+
+
+def _discard(building: Path) -> None:
+    """Remove a half-built index and its log, as far as that is possible."""
+    for leftover in (building, building.with_name(f"{building.name}.wal")):
+        with suppress(OSError):
+            leftover.unlink(missing_ok=True)
 
 
 def _is_current(index: Path) -> bool:
@@ -226,12 +238,22 @@ def _fill(
     if claims is not None:
         connection.execute("DELETE FROM claims")
         rows["claims"] = [_claim_row(claim) for claim in claims]
+    for table in ("rescores", "scorer_metrics"):
+        connection.execute(f"DELETE FROM {table}")
+    for experiment_id in present:
+        try:
+            _read_rescores(store, experiment_id, aggregates, rows)
+        except StoreError as error:
+            problems.append(str(error))
     for table, table_rows in rows.items():
         _insert(connection, table, table_rows)
     connection.execute(
         "DELETE FROM environments WHERE environment_id NOT IN "
         "(SELECT environment_id FROM experiments)"
     )
+    connection.execute("DELETE FROM claim_verdicts")
+    settled = claim_verdicts.settle(claim_verdicts.read_claims(connection), connection)
+    _insert(connection, "claim_verdicts", claim_verdicts.rows(settled))
     return problems
 
 
@@ -284,6 +306,28 @@ def _read_shard(
     )
     connection.unregister("incoming_samples")
     connection.unregister("incoming_scores")
+
+
+def _read_rescores(
+    store: Store,
+    experiment_id: str,
+    aggregates: Mapping[str, Aggregate],
+    rows: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Add what was scored later, if anything was."""
+    record = rescored.read(store, experiment_id)
+    if record is None:
+        return
+    experiment, cells = store.experiment(experiment_id), list(store.cells(experiment_id))
+    metrics = rescored.metric_rows(
+        record,
+        experiment,
+        cells,
+        store.sample_table(experiment_id),
+        aggregates.get(experiment.task),
+    )
+    rows["scorer_metrics"] += list(metrics)
+    rows["rescores"] += list(rescored.score_rows(record))
 
 
 def _public_row(table: str, record: Any) -> dict[str, Any]:

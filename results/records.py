@@ -109,6 +109,8 @@ class CellRecord:
             "token", "baseline_token", "top2_gap", "verdict": "tie" or "violation"}.
         status, error, log_tail: How it ended; `error` is one line, "" if ok.
         notes: What the method settled at run time, and the state policy.
+        audit: What `run --audit` found: {"result": "passed" or "failed", "checks": [{"check", "ok",
+            "detail"}, …]}; None if the cell was not audited.
         seconds: Where time went: the cell's own "measured" calls and "apply"; the experiment's
             "loading", "calibrating", "warming up", "measuring" and "scoring"; its "wall" time, and
             the "harness", what warm-up and measuring took beyond the calls themselves. They
@@ -130,6 +132,7 @@ class CellRecord:
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     finished: str = ""
+    audit: dict[str, Any] | None = None
     schema: int = SCHEMA_VERSION
 
 

@@ -6,7 +6,7 @@ from typing import Final
 
 # Raised whenever tables change or the same samples would give other numbers; older indexes are
 # then rebuilt from the shards.
-INDEX_VERSION: Final = 1
+INDEX_VERSION: Final = 2
 
 TABLES: Final[dict[str, dict[str, str]]] = {
     "index_info": {"version": "BIGINT"},
@@ -69,6 +69,7 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "notes": "JSON",
         "seconds": "JSON",
         "finished": "VARCHAR",
+        "audit": "JSON",
     },
     "samples": {
         "cell_id": "VARCHAR",
@@ -103,6 +104,31 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "value": "DOUBLE",
         "unscored": "VARCHAR",
         "detail": "VARCHAR",
+    },
+    # What `score` found: stored outputs judged again, by several scorers.
+    "rescores": {
+        "experiment_id": "VARCHAR",
+        "cell_id": "VARCHAR",
+        "item_id": "VARCHAR",
+        "metric": "VARCHAR",
+        "scorer": "VARCHAR",
+        "value": "DOUBLE",
+        "unscored": "VARCHAR",
+        "detail": "VARCHAR",
+        "created": "VARCHAR",
+    },
+    # Each metric of each cell by each of those scorers.
+    "scorer_metrics": {
+        "experiment_id": "VARCHAR",
+        "cell_id": "VARCHAR",
+        "metric": "VARCHAR",
+        "scorer": "VARCHAR",
+        "is_headline": "BOOLEAN",
+        "value": "DOUBLE",
+        "low": "DOUBLE",
+        "high": "DOUBLE",
+        "scored": "BIGINT",
+        "unscored": "BIGINT",
     },
     # Every metric of every finished cell, with its paired difference from the baseline.
     "metrics": {
@@ -175,6 +201,25 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "confidence": "VARCHAR",
         "extra": "JSON",
     },
+    # One row a claim, made from claims and samples; docs/methodology.md explains each verdict.
+    "claim_verdicts": {
+        "method": "VARCHAR",
+        "claim_id": "VARCHAR",
+        "verdict": "VARCHAR",
+        "detail": "VARCHAR",
+        "missing": "JSON",
+        "command": "VARCHAR",
+        "scale": "VARCHAR",
+        "measure": "VARCHAR",
+        "measured": "DOUBLE",
+        "measured_low": "DOUBLE",
+        "measured_high": "DOUBLE",
+        "expected": "DOUBLE",
+        "items": "BIGINT",
+        "evidence_experiment": "VARCHAR",
+        "evidence_cell": "VARCHAR",
+        "rival_cell": "VARCHAR",
+    },
 }
 
 COMPARISON: Final = """
@@ -203,12 +248,30 @@ SELECT
     m.mcnemar_p, m.unscored, m.unit AS quality_unit,
     coalesce(c.notes ->> 'sandbox', e.facts ->> 'sandbox') AS sandbox,
     e.margin, e.quality_margin, e.task_params, e.model_params, e.task_version,
-    e.environment_id, e.created, e.manifest_sha256 IS NOT NULL AS is_sealed
+    e.environment_id, e.created, e.manifest_sha256 IS NOT NULL AS is_sealed,
+    c.audit ->> 'result' AS audit,
+    s.scorers, s.quality_spread, d.disputed_items
 FROM cells c
 JOIN experiments e USING (experiment_id)
 LEFT JOIN verdicts v USING (experiment_id, cell_id)
 LEFT JOIN metrics m
     ON m.experiment_id = c.experiment_id AND m.cell_id = c.cell_id AND m.is_headline
+LEFT JOIN (
+    -- The headline metric by every scorer, and how far they are apart.
+    SELECT experiment_id, cell_id, max(value) - min(value) AS quality_spread,
+        string_agg(scorer || ' ' || round(value, 4), ', ' ORDER BY scorer) AS scorers
+    FROM scorer_metrics WHERE is_headline AND value IS NOT NULL GROUP BY ALL
+) s ON s.experiment_id = c.experiment_id AND s.cell_id = c.cell_id
+LEFT JOIN (
+    SELECT experiment_id, cell_id, count(*) AS disputed_items
+    FROM (
+        SELECT experiment_id, cell_id, item_id
+        FROM rescores JOIN (SELECT DISTINCT experiment_id, cell_id, metric FROM scorer_metrics
+            WHERE is_headline) USING (experiment_id, cell_id, metric)
+        GROUP BY ALL HAVING count(DISTINCT coalesce(value, -1e308)) > 1
+    )
+    GROUP BY ALL
+) d ON d.experiment_id = c.experiment_id AND d.cell_id = c.cell_id
 """
 
 

@@ -129,46 +129,27 @@ def speed_up(baseline: ItemTotals, method: ItemTotals) -> Estimate:
     Raises:
         ValueError: The sides have different numbers of items, or none.
     """
-    columns = np.stack([baseline.seconds, baseline.units, method.seconds, method.units], axis=1)
-    items = len(columns)
-    if items == 0:
-        raise ValueError("a speed-up needs at least one item, got none.")
-    means = columns.mean(axis=0)
-    if not (means > 0).all():
-        return Estimate(math.nan)
-    signs = np.array([1.0, -1.0, -1.0, 1.0])
-    log_ratio = float(signs @ np.log(means))
-    if items == 1:
-        return Estimate(math.exp(log_ratio))
-    scaled = columns / means
-    influence = scaled @ signs
-    standard_error = math.sqrt(float(influence @ influence) / (items * (items - 1)))
-    quantiles = _student_quantiles(items)
-    if _is_resampled(items) and standard_error > _ROUNDING:
-        counts = _resample_counts(items)
-        relative = counts @ scaled / items  # (resamples, 4): resampled means over the means
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shift = np.log(relative) @ signs
-            weights = signs / relative
-            # Sum over items of (weights . scaled)^2, from the resampled second moments.
-            pairs = [(i, j) for i in range(4) for j in range(i, 4)]
-            products = np.stack([scaled[:, i] * scaled[:, j] for i, j in pairs], axis=1)
-            moments = counts @ products
-            squares = sum(
-                (1 if i == j else 2) * weights[:, i] * weights[:, j] * moments[:, place]
-                for place, (i, j) in enumerate(pairs)
-            )
-            errors = np.sqrt(np.maximum(squares, 0) / (items * (items - 1)))
-        quantiles = _studentised_quantiles(items, shift, errors, _ROUNDING)
-    half, wide = (float(quantile) * standard_error for quantile in quantiles)
-    return Estimate(
-        value=math.exp(log_ratio),
-        low=math.exp(log_ratio - half),
-        high=math.exp(log_ratio + half),
-        standard_error=standard_error,
-        wide_low=math.exp(log_ratio - wide),
-        wide_high=math.exp(log_ratio + wide),
+    return _ratio_of_totals(
+        [baseline.seconds, baseline.units, method.seconds, method.units], [1.0, -1.0, -1.0, 1.0]
     )
+
+
+def speed_up_change(
+    base: tuple[ItemTotals, ItemTotals], head: tuple[ItemTotals, ItemTotals]
+) -> Estimate:
+    """Return the speed-up of one run over that of another, each (baseline, method) of its run.
+
+    Above 1 the second run's speed-up is the larger one. Element i of all four is the same item, so
+    what makes an item easy to speed up cancels. The interval is that of `speed_up`.
+
+    Raises:
+        ValueError: The sides have different numbers of items, or none.
+    """
+    columns, signs = [], []
+    for sign, (baseline, method) in ((-1.0, base), (1.0, head)):
+        columns += [baseline.seconds, baseline.units, method.seconds, method.units]
+        signs += [sign, -sign, -sign, sign]
+    return _ratio_of_totals(columns, signs)
 
 
 def geometric_mean_speed_up(baseline: ItemTotals, method: ItemTotals) -> float:
@@ -422,6 +403,55 @@ def smallest_quality_difference(estimate: Estimate, margin: float) -> float | No
         return None
     half_width = (estimate.wide_high - estimate.wide_low) / 2
     return margin + half_width + float(ndtri(POWER)) * estimate.standard_error
+
+
+def _ratio_of_totals(columns: Sequence[Floats], exponents: Sequence[float]) -> Estimate:
+    """Return the product of totals over items, each to the power of 1 or -1, with its interval.
+
+    Args:
+        columns: Values of each item, each (items,), the items in the same order.
+        exponents: 1 or -1 for each column; as many of one as of the other.
+    """
+    signs = np.array(exponents)
+    values = np.stack(columns, axis=1)
+    items, width = values.shape
+    if items == 0:
+        raise ValueError("a speed-up needs at least one item, got none.")
+    means = values.mean(axis=0)
+    if not (means > 0).all():
+        return Estimate(math.nan)
+    log_ratio = float(signs @ np.log(means))
+    if items == 1:
+        return Estimate(math.exp(log_ratio))
+    scaled = values / means
+    influence = scaled @ signs
+    standard_error = math.sqrt(float(influence @ influence) / (items * (items - 1)))
+    quantiles = _student_quantiles(items)
+    if _is_resampled(items) and standard_error > _ROUNDING:
+        counts = _resample_counts(items)
+        relative = counts @ scaled / items  # (resamples, width): resampled means over the means
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shift = np.log(relative) @ signs
+            weights = signs / relative
+            # Sum over items of (weights . scaled)^2, from the resampled second moments.
+            pairs = [(i, j) for i in range(width) for j in range(i, width)]
+            products = np.stack([scaled[:, i] * scaled[:, j] for i, j in pairs], axis=1)
+            moments = counts @ products
+            squares = sum(
+                (1 if i == j else 2) * weights[:, i] * weights[:, j] * moments[:, place]
+                for place, (i, j) in enumerate(pairs)
+            )
+            errors = np.sqrt(np.maximum(squares, 0) / (items * (items - 1)))
+        quantiles = _studentised_quantiles(items, shift, errors, _ROUNDING)
+    half, wide = (float(quantile) * standard_error for quantile in quantiles)
+    return Estimate(
+        value=math.exp(log_ratio),
+        low=math.exp(log_ratio - half),
+        high=math.exp(log_ratio + half),
+        standard_error=standard_error,
+        wide_low=math.exp(log_ratio - wide),
+        wide_high=math.exp(log_ratio + wide),
+    )
 
 
 def _student_quantiles(items: int) -> Floats:

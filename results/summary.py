@@ -121,6 +121,31 @@ def summarize(
     return Summary(verdicts, metrics)
 
 
+def paired_totals(
+    experiment: ExperimentRecord, samples: pa.Table, cell_ids: Sequence[str]
+) -> dict[str, ItemTotals]:
+    """Return seconds and units of output of each item, over the items that all cells measured.
+
+    Args:
+        experiment: Names items, repeats and the unit of output.
+        samples: As `Store.sample_table` returns them.
+        cell_ids: The cells.
+
+    Returns:
+        The totals of each cell, all with the same items in the same order; empty if a cell has no
+        samples or they share no item.
+    """
+    nothing = pa.table({name: [] for name in ("cell_id", "item_id", "metric", "value")})
+    found = _by_cell(experiment, set(cell_ids), samples, nothing)
+    if any(cell_id not in found for cell_id in cell_ids):
+        return {}
+    paired = np.logical_and.reduce([found[cell_id].measured_items for cell_id in cell_ids])
+    if not paired.any():
+        return {}
+    per_sample = experiment.facts.get("output_unit", "token") != "token"
+    return {cell_id: _totals(found[cell_id], paired, "seconds", per_sample) for cell_id in cell_ids}
+
+
 def _by_cell(
     experiment: ExperimentRecord, wanted: set[str], samples: pa.Table, scores: pa.Table
 ) -> dict[str, _Cell]:

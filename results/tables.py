@@ -293,6 +293,8 @@ def _table(group: list[Row]) -> Table:
         "memory": lambda row: text.ratio(row["memory_ratio"]),
         "status": lambda row: row["status"],
     }
+    if any(row["audit"] for row in rows):
+        columns["audit"] = lambda row: row["audit"] or "not audited"
     return Table(
         title=f"{first['task']} · {first['model']} · {first['hardware']} · {first['scenario']}",
         columns=("method", *columns),
@@ -382,10 +384,19 @@ def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
             notes.append(f"{label}: {row['status']}: {row['error'] or 'no reason given'}")
         if row["unscored"]:
             notes.append(f"{label}: {row['unscored']} outputs could not be scored.")
+        if row["scorers"]:
+            notes.append(f"{label} by scorer: {row['scorers']}; {_disputed(row)}.")
         bound, low = row["speedup_bound"], row["speedup_low"]
         if bound is not None and low is not None and low > bound:
             notes.append(f"{label}: the measured speed-up lies above its bound; do not trust it.")
     return notes
+
+
+def _disputed(row: Row) -> str:
+    if not row["disputed_items"]:
+        return "no item is disputed"
+    spread = _score(row, "quality_spread")
+    return f"spread {spread}, disputed items: {row['disputed_items']}"
 
 
 def _smallest(rows: Sequence[Row]) -> str:
@@ -486,6 +497,7 @@ _CSV_NUMBERS: Mapping[str, Callable[[Row, str], str]] = {
             "quality_low",
             "quality_high",
             "baseline_quality",
+            "quality_spread",
             "quality_delta",
             "quality_delta_low",
             "quality_delta_high",
@@ -504,6 +516,7 @@ _CSV_COLUMNS = (
     *("speedup", "speedup_low", "speedup_high", "speed_verdict", "speedup_bound"),
     *("speedup_geomean", "bound_ratio", "seconds_per_item", "tokens_per_second"),
     *("tokens_per_forward", "work_ratio", "memory_ratio", "output_check", "items", "repeats"),
+    *("audit", "scorers", "quality_spread", "disputed_items"),
 )
 
 

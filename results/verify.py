@@ -10,6 +10,7 @@ from typing import Any
 
 import duckdb
 
+from results.claims import read_claims
 from results.ingest import fill
 from results.store import Store
 from results.summary import Aggregate
@@ -30,13 +31,17 @@ _KEYS = {
     "scores": ("experiment_id", "cell_id", "item_id", "metric"),
     "metrics": ("experiment_id", "cell_id", "metric"),
     "verdicts": ("experiment_id", "cell_id"),
+    "rescores": ("experiment_id", "cell_id", "item_id", "metric", "scorer"),
+    "scorer_metrics": ("experiment_id", "cell_id", "metric", "scorer"),
+    "claim_verdicts": ("method", "claim_id"),
 }
 
 
 def verify(store_path: Path, *, aggregates: Mapping[str, Aggregate] | None = None) -> list[str]:
     """Check shards against their manifests and the index against the shards.
 
-    Every row of the index, verdicts and table cells included, is computed again from raw samples.
+    Every row of the index, verdicts and table cells included, is computed again from raw samples;
+    verdicts of claims from those and the claims that the index holds.
 
     Args:
         store_path: The store.
@@ -49,7 +54,8 @@ def verify(store_path: Path, *, aggregates: Mapping[str, Aggregate] | None = Non
         StoreError: There is no index.
     """
     store = Store(store_path)
-    connect(store.index_path).close()  # says what is wrong with the index, if anything is
+    with connect(store.index_path) as published:  # says what is wrong with the index, if anything
+        claims = read_claims(published)  # the shards do not hold them
     problems = [
         problem
         for experiment_id in store.experiment_ids()
@@ -58,7 +64,7 @@ def verify(store_path: Path, *, aggregates: Mapping[str, Aggregate] | None = Non
     ]
     with TemporaryDirectory() as folder, duckdb.connect() as connection:
         again = Path(folder) / "again.duckdb"
-        left_out = fill(again, store, None, aggregates or {})
+        left_out = fill(again, store, claims, aggregates or {})
         problems += [line for line in left_out if not line.startswith(tuple(problems))]
         for name, path in (("published", store.index_path), ("again", again)):
             quoted = str(path).replace("'", "''")

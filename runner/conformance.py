@@ -75,7 +75,7 @@ def check_method(method: Method[Any] | type[Method[Any]], model: TextGenerator) 
     """Run the whole battery.
 
     Args:
-        method: A class, judged at its defaults, or an instance with its settings.
+        method: A class, judged at its defaults but for its `trial` settings, or an instance.
         model: A small model with weights that are not worth keeping.
 
     Returns:
@@ -83,7 +83,7 @@ def check_method(method: Method[Any] | type[Method[Any]], model: TextGenerator) 
     """
     if isinstance(method, type):
         try:
-            method = method()
+            method = method(**getattr(method, "trial", {}))
         except TypeError as error:
             return [Check("settings have defaults", False, str(error))]
     battery = _Battery(method, model)

@@ -45,21 +45,26 @@ def describe(registry: Registry, kind: Kind, name: str) -> list[Section]:
 
 
 def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
-    """Return what was measured of one cell, how it ended, and where its output left the baseline's.
+    """Return what was measured of one cell, why it is so fast, and where its output differs.
 
     Args:
         index_path: The DuckDB index.
-        cell_id: Its id, or enough of the start of it.
+        cell_id: Its id, or enough of the start of it; or `method@task`, the one measured last.
 
     Raises:
         UsageError: No cell begins so, or several do.
         StoreError: There is no index.
     """
     from results.tables import connect
+    from runner import why
+
+    if "@" in cell_id:
+        cell_id = _last_measured(index_path, *cell_id.split("@", maxsplit=1))
 
     with connect(index_path) as connection:
         found = connection.execute(
-            "SELECT comparison.*, divergences, notes, log_tail, cells.seconds, finished "
+            "SELECT comparison.*, divergences, notes, log_tail, cells.seconds, finished, "
+            "cells.audit AS audit_record "
             "FROM comparison JOIN cells USING (experiment_id, cell_id) "
             "WHERE starts_with(cell_id, $id) ORDER BY created DESC, experiment_id",
             {"id": cell_id},
@@ -78,14 +83,47 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
     cell = rows[0]  # measured more than once, the newest counts
     parts = {name: json.loads(cell.pop(name) or "null") for name in ("notes", "seconds")}
     divergences = json.loads(cell.pop("divergences") or "[]")
+    audit = json.loads(cell.pop("audit_record") or "null")
     log = cell.pop("log_tail")
     sections = [_facts("", cell)]
+    sections += why.sections(index_path, cell["experiment_id"], cell["cell_id"])
     sections += [_facts(title, facts) for title, facts in parts.items() if facts]
     if divergences:
         sections.append(Section("Divergences", [_row(each) for each in divergences]))
+    if audit:
+        sections.append(Section("Audit", [_row(each) for each in audit["checks"]]))
     if log:
         sections.append(Section("Log", [{"line": line} for line in str(log).splitlines()]))
     return sections
+
+
+def _last_measured(index_path: Path, method: str, task: str) -> str:
+    """Return the id of a method's cell on a task, in the experiment that was measured last.
+
+    Raises:
+        UsageError: There is none, or the experiment has the method with several settings.
+        StoreError: There is no index.
+    """
+    from results.tables import connect
+
+    with connect(index_path) as connection:
+        rows = connection.execute(
+            "SELECT experiment_id, cell_id, params FROM comparison "
+            "WHERE method = $method AND task = $task ORDER BY created DESC, experiment_id DESC",
+            {"method": method, "task": task},
+        ).fetchall()
+    last = [
+        (cell_id, params) for experiment_id, cell_id, params in rows if experiment_id == rows[0][0]
+    ]
+    if len(last) != 1:
+        listed = "; ".join(f"{each[:12]} ({params})" for each, params in last)
+        raise UsageError(
+            f"{len(last)} cells of {method!r} on {task!r}: {listed}. Give one of the ids."
+            if last
+            else f"no cell of {method!r} on {task!r} was measured. All of them: python run.py sql "
+            '"SELECT cell_id, method, task FROM comparison"'
+        )
+    return str(last[0][0])
 
 
 def _method(registry: Registry, name: str) -> list[Section]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -36,6 +37,8 @@ _READ_BYTES = 65536
 # Threads that wait for one another spin for some 30 microseconds, not for milliseconds as by
 # default: where another process or the hypervisor takes a core, spinning slowed a step tenfold.
 _SPIN_COUNT = "1000"
+# Names a worker in the environment of everything that it starts.
+_TAG = "TOKENMARK_WORKER"
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class _Supervisor:
     def _attempt(self, path: Path) -> bool:
         """Run a worker until it ends; return whether the experiment is over."""
         read_end, write_end = os.pipe()
+        tag = uuid.uuid4().hex
         command = [sys.executable, str(ROOT / "run.py"), "worker", "--spec", str(path)]
         process = subprocess.Popen(
             [*command, "--events", str(write_end)],
@@ -134,7 +138,7 @@ class _Supervisor:
             start_new_session=True,
             cwd=ROOT,
             # The user's own setting wins.
-            env={"GOMP_SPINCOUNT": _SPIN_COUNT, **os.environ},
+            env={"GOMP_SPINCOUNT": _SPIN_COUNT, **os.environ, _TAG: tag},
         )
         os.close(write_end)
         assert process.stdout is not None
@@ -144,7 +148,7 @@ class _Supervisor:
         try:
             ending = self._watch(process, read_end)
         finally:
-            _kill_group(process)
+            _kill_group(process, tag)
             os.close(read_end)
             # A child that left the session may hold the other end: its words are not waited for.
             reader.join(timeout=2)
@@ -228,6 +232,9 @@ class _Supervisor:
         status: Status
         if ending is not None:
             status, reason = ending
+        elif exit_code == -signal.SIGXCPU:
+            reason = f"the worker used up its {self.spec.cpu_seconds} s of processor time"
+            status = "timeout"
         elif self.in_flight:
             item = f"in the middle of item {self.in_flight_item}"
             status, reason = "killed", f"the process {_death(exit_code)}, {item}"
@@ -279,11 +286,23 @@ class _Supervisor:
         self.listener(Event(experiment=self.spec.experiment_id, title=self.spec.title, **event))
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a worker and what it started in its session."""
+def _kill_group(process: subprocess.Popen[bytes], tag: str) -> None:
+    """End a worker and what it started, in its session or in one of their own.
+
+    Args:
+        process: The worker, which leads its group.
+        tag: What its environment and that of all its children hold.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    mark = f"{_TAG}={tag}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:
+            continue  # it has ended, or is another user's
 
 
 def _resident_bytes(pid: int) -> int:

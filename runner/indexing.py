@@ -84,7 +84,13 @@ def take_in(folder: Path, store_path: Path) -> list[str]:
                     "one experiment measured twice. Discard one of them."
                 )
             continue
-        _copy(source, store, experiment_id)
+        try:
+            _copy(source, store, experiment_id)
+        except (OSError, shutil.Error) as error:
+            raise StoreError(
+                f"{store.path}: shard {experiment_id} cannot be copied to it: {error}. Make room "
+                "or fix the permissions, and ingest again."
+            ) from error
         came.append(experiment_id)
     if source.path != store.path and not (folder / "experiment.json").is_file():
         for run_id in source.run_ids():

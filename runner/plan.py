@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -28,6 +29,9 @@ BASELINE = "autoregressive"
 SPEED_MARGIN = {"cpu": 0.05, "cuda": 0.02}
 # Loss of a fraction metric that still counts as "no loss".
 QUALITY_MARGIN = 0.02
+# Loading, calibration, warm-up and scoring of an experiment, at the very most.
+_OTHER_SECONDS = 7200.0
+_LONGEST_CPU_SECONDS = 1e9  # what the kernel takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,6 @@ def make_plan(request: Request) -> Plan:
         profile = detect.select(request.hardware)
     except LookupError as error:
         raise UsageError(str(error)) from error
-    methods = _methods(request.methods, registry)
     started = datetime.now(UTC)
     plan = Plan(run_id=f"{started:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}", request=request)
     store = Store(request.store)
@@ -118,9 +121,10 @@ def make_plan(request: Request) -> Plan:
     for task_text in request.tasks:
         spec = parse_spec(task_text)
         task = build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")
+        methods = _methods(request.task_methods.get(task_text, request.methods), registry)
         for model_text in request.models:
             _plan_experiment(
-                plan, registry, profile, store, finished, task, spec.name, model_text, methods
+                plan, registry, profile, store, finished, task, task_text, model_text, methods
             )
     return plan
 
@@ -157,11 +161,12 @@ def _plan_experiment(
     store: Store,
     finished: dict[str, str],
     task: Task[Any],
-    task_name: str,
+    task_text: str,
     model_text: str,
     methods: Sequence[_Wanted],
 ) -> None:
     request = plan.request
+    task_name = parse_spec(task_text).name
     task_spec = format_spec(task, task_name)
     model_id, settings = _model(model_text, registry)
     model_spec = format_spec(settings, model_id)
@@ -181,7 +186,7 @@ def _plan_experiment(
         for each in fitting:
             skip(each, "the throughput scenario needs batches, which no text model here runs yet")
         return
-    limit = request.limit if request.limit is not None else request.limits.get(task_name)
+    limit = request.limit if request.limit is not None else _suite_limit(request, task_text)
     try:
         task.conditions()
         items: list[Item] = list(islice(task.items(), limit))
@@ -207,6 +212,8 @@ def _plan_experiment(
         "source": shared_source(),
         "versions": versions(),
     }
+    if request.audit:
+        conditions["audit"] = True  # it changes the order, and the row must carry its result
     cells = [_cell(each, conditions, registry, task) for each in fitting]
     missing = [c for c in cells if request.fresh or c.cell_id not in finished]
     if missing and cells[0] not in missing:
@@ -236,6 +243,8 @@ def _plan_experiment(
                 plugins=[str(path.resolve()) for path in request.plugins],
                 sample_timeout=request.timeout,
                 memory_bytes=request.memory_bytes or _usable_memory(),
+                cpu_seconds=_cpu_seconds(request, len(items) * len(missing)),
+                audit=request.audit,
                 offline=request.offline,
                 margin=margin,
                 quality_margin=QUALITY_MARGIN,
@@ -255,6 +264,8 @@ def _cell(
 ) -> CellSpec:
     entry = registry.find("method", wanted.name)
     params = wanted.method.parameters()
+    if draft := _draft_hash(params):
+        conditions = {**conditions, "draft_hash": draft}
     key = digest(
         {
             **conditions,
@@ -273,6 +284,26 @@ def _cell(
         role=wanted.method.role,
         declared_output=wanted.method.declared_output(temperature).value,
     )
+
+
+def _draft_hash(params: Mapping[str, Any]) -> str:
+    """Return the hash of a draft model's weights, which can change a method's work."""
+    draft = params.get("draft")
+    if not isinstance(draft, str) or draft.startswith("layers:"):
+        return ""
+    try:
+        return weights_hash(draft, LoadSettings())
+    except ModelError:
+        return ""  # the method itself refuses, with the reason
+
+
+def _suite_limit(request: Request, task_text: str) -> int | None:
+    """Return the suite's limit for a task: its own, or that of the only one of its name."""
+    if task_text in request.limits or task_text in request.task_methods:
+        return request.limits.get(task_text)
+    name = parse_spec(task_text).name
+    named = [limit for text, limit in request.limits.items() if parse_spec(text).name == name]
+    return named[0] if len(named) == 1 else None
 
 
 def _experiment_id(store: Store, cells: Sequence[CellSpec], fresh: bool) -> str:
@@ -296,6 +327,16 @@ def _model(text: str, registry: Registry) -> tuple[str, LoadSettings]:
 
 def _is_embedded(model_id: str, task: Task[Any]) -> bool:
     return model_id in embedded_models() or task.scale == "embedded"
+
+
+def _cpu_seconds(request: Request, samples: int) -> int:
+    """Return the processor time that a worker can need at most, with time for all else.
+
+    It ends a worker that burns time where no clock of ours looks, in threads that a method left.
+    """
+    cores = os.cpu_count() or 1
+    measuring = 2 * request.timeout * request.repeats * samples
+    return math.ceil(min(cores * (_OTHER_SECONDS + measuring), _LONGEST_CPU_SECONDS))
 
 
 def _usable_memory() -> int:

@@ -167,10 +167,19 @@ class Registry:
             raise UsageError(str(error)) from error
 
     def claims(self) -> list[dict[str, Any]]:
-        """Return the claims of all cards as rows, each with its `method`."""
+        """Return the claims of all cards as rows.
+
+        Each has its `method`, whether that is `ready` or `planned` as `implementation`, and the
+        path of its `card`.
+        """
         return [
-            {"method": name, **asdict(claim)}
-            for name in self.entries("method")
+            {
+                "method": name,
+                "implementation": entry.status,
+                "card": self._relative(cast(Path, entry.card)),
+                **asdict(claim),
+            }
+            for name, entry in self.entries("method").items()
             if (card := self.card(name))
             for claim in card.claims
         ]

@@ -25,12 +25,14 @@ class Request:
         models: Model ids: an embedded name, `hf:<id>` or `path:<folder>`, with parameters.
         hardware: `auto` or a profile's name.
         limit: Items of each task; None for all.
-        limits: Items by task name, from a suite; `limit` wins.
+        limits: Items by the task's text, from a suite; `limit` wins.
+        task_methods: Methods by the task's text, from a suite, in the place of `methods`.
         seed: Seed of order, sampling and resampling.
         repeats: Measurements of each item and method.
         scenario: How lengths are treated.
         store: Folder of the results.
         fresh: Measure finished cells again.
+        audit: Look for methods that earn their numbers otherwise than it seems.
         timeout: Seconds that one sample may take.
         memory_bytes: Host memory that a worker may use; None for nine tenths of the machine's.
         offline: Never reach for the network.
@@ -44,11 +46,13 @@ class Request:
     hardware: str = "auto"
     limit: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
+    task_methods: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seed: int = 0
     repeats: int = 1
     scenario: Scenario = "latency"
     store: Path = Path("results/store")
     fresh: bool = False
+    audit: bool = False
     timeout: float = 120.0
     memory_bytes: int | None = None
     offline: bool = False

@@ -52,6 +52,8 @@ class ExperimentSpec:
         plugins: Python files to load first.
         sample_timeout: Seconds that one sample may take.
         memory_bytes: Host memory of the worker.
+        cpu_seconds: Processor time of a worker process, all threads together; 0 for no limit.
+        audit: Whether to audit the cells.
         calibration_seconds: Budget for measuring lat(N).
         model_hash, task_hash, margin, quality_margin, scale: For the record.
     """
@@ -71,6 +73,8 @@ class ExperimentSpec:
     plugins: list[str] = field(default_factory=list)
     sample_timeout: float = 120.0
     memory_bytes: int = 0
+    cpu_seconds: int = 0
+    audit: bool = False
     calibration_seconds: float = 20.0
     offline: bool = False
     model_hash: str = ""

@@ -9,6 +9,7 @@ repeats = 3                # and hardware, scenario, seed, timeout: all optional
 [[task]]
 spec = "humaneval:max_new_tokens=128"
 limit = 16                 # all items without it
+methods = ["prompt-lookup"]  # in the place of the suite's
 ```
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -33,10 +35,12 @@ class SuiteTask:
     Attributes:
         spec: `name[:key=value,…]`.
         limit: Items; None for all.
+        methods: Specs of the methods for this task; empty for the suite's.
     """
 
     spec: str
     limit: int | None = None
+    methods: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -73,21 +77,10 @@ class Suite:
         for name in ("methods", "models", "task"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; a suite needs at least one.")
-        check_numbers(repeats=self.repeats, timeout=self.timeout)
-        self.limits()
-
-    def limits(self) -> dict[str, int]:
-        """Return the number of items of each task that has a limit.
-
-        Raises:
-            ValueError: One task has two limits.
-        """
-        limits: dict[str, int | None] = {}
-        for task in self.task:
-            name = parse_spec(task.spec).name
-            if limits.setdefault(name, task.limit) != task.limit:
-                raise ValueError(f"task {name!r} has two limits, {limits[name]} and {task.limit}.")
-        return {name: limit for name, limit in limits.items() if limit is not None}
+        check_numbers(repeats=self.repeats, timeout=self.timeout, seed=self.seed)
+        specs = [task.spec for task in self.task]
+        if twice := next((spec for spec in specs if specs.count(spec) > 1), None):
+            raise ValueError(f"task {twice!r} stands there twice.")
 
     def request(self, label: str) -> Request:
         """Return what the suite asks the runner to do."""
@@ -96,7 +89,8 @@ class Suite:
             tasks=tuple(task.spec for task in self.task),
             models=self.models,
             hardware=self.hardware,
-            limits=self.limits(),
+            limits={task.spec: task.limit for task in self.task if task.limit is not None},
+            task_methods={task.spec: task.methods for task in self.task if task.methods},
             seed=self.seed,
             repeats=self.repeats,
             scenario=self.scenario,
@@ -105,7 +99,7 @@ class Suite:
         )
 
 
-def check_numbers(*, repeats: int, timeout: float, limit: int | None = None) -> None:
+def check_numbers(*, repeats: int, timeout: float, limit: int | None = None, seed: int = 0) -> None:
     """Check what the types of a request do not.
 
     Raises:
@@ -117,6 +111,8 @@ def check_numbers(*, repeats: int, timeout: float, limit: int | None = None) -> 
         raise ValueError(f"timeout must be a number of seconds above 0, got {timeout:g}.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}.")
 
 
 def load_suite(name: str, registry: Registry) -> Suite:
@@ -148,6 +144,7 @@ def make_request(
     scenario: str | None = None,
     store: Path = Request.store,
     fresh: bool = False,
+    audit: bool = False,
     timeout: float | None = None,
     offline: bool = False,
 ) -> Request:
@@ -173,11 +170,13 @@ def make_request(
         hardware=hardware or base.hardware,
         limit=limit,
         limits=base.limits if is_named or not tasks else {},
+        task_methods={} if methods else base.task_methods,
         seed=base.seed if seed is None else seed,
         repeats=base.repeats if repeats is None else repeats,
         scenario=cast(Scenario, scenario or base.scenario),
         store=store,
         fresh=fresh,
+        audit=audit,
         timeout=base.timeout if timeout is None else timeout,
         offline=offline,
         plugins=tuple(registry.plugins),
@@ -193,7 +192,7 @@ def make_request(
 
 def _check_names(request: Request, registry: Registry) -> None:
     """Look every name up, which takes no import: a slip of the pen should not wait for torch."""
-    for text in request.methods:
+    for text in chain(request.methods, *request.task_methods.values()):
         registry.find("method", parse_spec(text).name)
     for text in request.tasks:
         registry.find("task", parse_spec(text).name)

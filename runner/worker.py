@@ -20,12 +20,12 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, overload
 
 import psutil
 
@@ -34,7 +34,7 @@ from hardware.meters import Meter, Reading
 from hardware.profile import Profile, StepCost
 from hardware.step_cost import measure_step_cost
 from methods.base import Method, Output
-from models.base import Forward, InvalidOutput, TextGenerator, Unsupported
+from models.base import Forward, Generation, InvalidOutput, TextGenerator, Trace, Unsupported
 from models.loading import LoadSettings, load
 from results.records import (
     CellRecord,
@@ -46,6 +46,8 @@ from results.records import (
     Status,
 )
 from results.store import Store
+from runner import audit
+from runner.audit import Evidence
 from runner.certificate import (
     DISTRIBUTION_LEVEL,
     Centred,
@@ -55,6 +57,7 @@ from runner.certificate import (
     divergence,
     summary,
 )
+from runner.guards import Damage, Ledger, ProcessGuard, WeightGuard, held_bytes
 from runner.registry import Registry
 from runner.settings import build, parse_spec
 from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec
@@ -83,6 +86,10 @@ def main(spec_path: Path, events: int | None = None) -> int:
     """
     spec = ExperimentSpec.read(spec_path)
     _die_with_parent()
+    if spec.cpu_seconds:
+        # At the soft limit the kernel says why (SIGXCPU), at the hard one it does not (SIGKILL).
+        resource.setrlimit(resource.RLIMIT_CPU, (spec.cpu_seconds, spec.cpu_seconds + 5))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if spec.memory_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (spec.memory_bytes, spec.memory_bytes))
     if spec.offline:
@@ -121,6 +128,8 @@ class _Cell:
     is_open: bool = True
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     notes: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+    evidence: Evidence = field(default_factory=Evidence)
 
 
 class _Measured(NamedTuple):
@@ -149,6 +158,8 @@ class _Worker:
         )
         by_id = {item.id: item for item in self.task.items()}
         self.items = [by_id[item_id] for item_id in spec.items]
+        if spec.audit:
+            self.items = audit.shuffled(self.items, spec.seed)
 
     def run(self) -> int:
         with self._phase("loading"):
@@ -157,6 +168,7 @@ class _Worker:
             self.model = load(model_spec.name, settings, offline=self.spec.offline)
             self.profile = ceilings.measured(detect.select(self.spec.hardware))
             self.meter = Meter(self.profile)
+            self.weights = WeightGuard(self.model)
         with self._phase("calibrating"):
             step_cost = self._begin()
             self.profile = replace(self.profile, step_cost=step_cost)
@@ -170,6 +182,9 @@ class _Worker:
                 self._warm_up()
             with self._phase("measuring"):
                 self._measure_all()
+            if self.spec.audit:
+                with self._phase("auditing"):
+                    self._audit()
         except _Restart:
             return RESTART
         with self._phase("scoring"):
@@ -274,6 +289,7 @@ class _Worker:
 
     def _warm_up(self) -> None:
         """Run held-out items with every method until the baseline's times are flat."""
+        self.processes = ProcessGuard()  # what loading and calibration left is not a method's
         items = list(self.task.warmup_items())
         before = 0.0
         for item in (items[round_ % len(items)] for round_ in range(_WARMUP_ROUNDS)):
@@ -325,15 +341,30 @@ class _Worker:
                             seconds=measured.reading.seconds,
                         )
 
-    def _guarded(self, cell: _Cell, item: Item) -> _Measured | None:
+    @overload
+    def _guarded(self, cell: _Cell, item: Item) -> _Measured | None: ...
+
+    @overload
+    def _guarded(
+        self, cell: _Cell, item: Item, run: Callable[[_Cell, Item], Result]
+    ) -> Result | None: ...
+
+    def _guarded(
+        self, cell: _Cell, item: Item, run: Callable[[_Cell, Item], Any] | None = None
+    ) -> Any:
         """Measure one sample; whatever a method does wrong ends its own cell.
+
+        Args:
+            cell: Whose method.
+            item: On what.
+            run: What to do instead of measuring.
 
         Returns:
             None if the method declined the model, which ends its cell too.
         """
         self.tell("begin", cell=cell.spec.cell_id, method=cell.spec.method, item=item.id)
         try:
-            return self._measure(cell, item)
+            return (run or self._measure)(cell, item)
         except Exception as error:  # the one broad except: any failure of a method is a result
             status = _status(error)
             self._end_cell(cell, status, _one_line(error), traceback.format_exc())
@@ -343,6 +374,7 @@ class _Worker:
 
     def _measure(self, cell: _Cell, item: Item) -> _Measured:
         fixed_length = self.spec.scenario == "fixed-length"
+        held = held_bytes()
         before = time.perf_counter()
         with cell.method.apply(self.model, self.profile) as changed:
             entered = time.perf_counter()
@@ -357,10 +389,66 @@ class _Worker:
                 # A GPU's mark holds the weights already; the host's is growth until here.
                 reading = replace(reading, peak_bytes=reading.peak_bytes + resident)
             called = time.perf_counter()
-        cell.seconds["apply"] += entered - before + time.perf_counter() - called
+        applying = entered - before + time.perf_counter() - called
+        cell.seconds["apply"] += applying
         cell.seconds["measured"] += reading.seconds
-        _check_result(result, self.model)
+        cell.ledger.apply_seconds.append(applying)
+        cell.ledger.measured_seconds.append(reading.seconds)
+        self._check_damage()
+        cell.ledger.check_memory(held, self.spec.memory_bytes)
+        self._check_result(result, cell, item)
         return _Measured(result, reading, started)
+
+    def _untimed(self, cell: _Cell, item: Item) -> Result:
+        """Run an item as `_measure` does, but for the clock."""
+        with cell.method.apply(self.model, self.profile) as changed:
+            fixed_length = self.spec.scenario == "fixed-length"
+            result = self.task.call(changed, item, fixed_length=fixed_length)
+        self._check_damage()
+        self._check_result(result, cell, item)
+        return result
+
+    def _check_damage(self) -> None:
+        """Look for what a method left behind or changed.
+
+        Raises:
+            Damage: With what it is.
+        """
+        self.processes.check()
+        self.weights.check()
+
+    def _check_result(self, result: object, cell: _Cell, item: Item) -> None:
+        """Refuse what cannot be a result, and look whether tokens and ends were counted right.
+
+        Raises:
+            InvalidOutput: With what is wrong.
+        """
+        _check_result(result, self.model)
+        if not isinstance(result, Generation) or self.task.capability != "TextGenerator":
+            return
+        decoding = asked(self.task, self.model, item).decoding
+        if self.spec.scenario == "fixed-length":
+            decoding = replace(decoding, ignore_eos=True)
+        if complaint := audit.miscount(result, decoding, self.model):
+            raise InvalidOutput(complaint)
+        cell.evidence.counted += 1
+        if complaint := audit.overcount(result):
+            cell.evidence.miscounts.append(complaint)
+
+    def _audit(self) -> None:
+        """Run some items again, timed and untimed, every method in turn."""
+        for item in audit.chosen(self.items, self.spec.seed):
+            for is_timed in (True, False):
+                for cell in self.cells:
+                    if not cell.is_open:
+                        continue
+                    if is_timed:
+                        measured = self._guarded(cell, item)
+                        if measured is not None:
+                            again = _again(item, measured.result, measured.reading.seconds)
+                            cell.evidence.repeated.append(again)
+                    elif (result := self._guarded(cell, item, self._untimed)) is not None:
+                        cell.evidence.untimed.append(_again(item, result, None))
 
     def _resident_bytes(self) -> int:
         """Return what the process holds in host memory; 0 where a device is metered instead."""
@@ -396,9 +484,7 @@ class _Worker:
             kv_bytes=trace.kv_bytes if is_told else None,
             peak_bytes=reading.peak_bytes,
             energy_j=reading.energy_j,
-            bound_seconds=sum(curve.at(forward.width, forward.context) for forward in forwards)
-            if curve and is_told
-            else None,
+            bound_seconds=_bound_seconds(curve, trace) if curve and is_told else None,
             output_digest=hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
             output=result.text,
             output_ids=ids,
@@ -471,6 +557,7 @@ class _Worker:
         measured = sum(cell.seconds["measured"] for cell in self.cells)
         harness = self.phases["measuring"] + self.phases["warming up"] - measured
         self.phases |= {"wall": wall, "harness": max(0.0, harness)}
+        tampered = self._tampered()
         for cell in self.cells:
             if not cell.is_open:
                 continue
@@ -491,6 +578,12 @@ class _Worker:
                 if check == "violation":
                     record = replace(record, status="failed", error=_violation(divergences))
             record = replace(record, output_check=check, divergences=divergences)
+            if self.spec.audit:
+                record = replace(record, audit=self._audited(cell))
+            error = tampered or cell.ledger.hidden_time()
+            error = error or (audit.failure(record.audit) if record.audit else "")
+            if error and record.status == "ok":
+                record = replace(record, status="failed", error=error)
             self.store.write_cell(record)
             self.tell(
                 "cell",
@@ -500,6 +593,33 @@ class _Worker:
                 detail=record.error,
             )
         self.store.seal(self.spec.experiment_id)
+
+    def _tampered(self) -> str:
+        """Return what is wrong with the weights at the end, "" if nothing is."""
+        try:
+            self.weights.check_all()
+        except Damage as damage:
+            return f"one of the experiment's methods {damage}: none of its numbers can be trusted"
+        return ""
+
+    def _audited(self, cell: _Cell) -> dict[str, Any]:
+        samples: dict[str, list[SampleRecord]] = defaultdict(list)
+        for sample in self.store.samples(self.spec.experiment_id):
+            samples[sample.cell_id].append(sample)
+        baseline = self.cells[0]
+        return audit.settle(
+            cell.evidence,
+            baseline.evidence,
+            samples[cell.spec.cell_id],
+            samples[baseline.spec.cell_id],
+            model=self.model,
+            prompts={
+                item.id: asked(self.task, self.model, item).prompt_ids
+                for item in audit.chosen(self.items, self.spec.seed)
+            },
+            keeps_state=cell.method.state_policy != "cold",
+            is_baseline=cell is baseline,
+        )
 
     def _divergences(
         self, baseline: dict[str, list[int]], method: dict[str, list[int]]
@@ -533,6 +653,26 @@ class _Worker:
         )
 
 
+def _again(item: Item, result: Result, seconds: float | None) -> audit.Again:
+    trace = result.trace
+    forwards = len(trace.forwards) if trace.forwards or trace.prefill else None
+    return audit.Again(item.id, list(result.token_ids), forwards, seconds)
+
+
+def _bound_seconds(curve: StepCost, trace: Trace) -> float:
+    """Return the time of a text's forwards by the measured curve, those of a draft included.
+
+    A forward of a draft model takes at least its share of the target's weight bytes of a plain
+    step; a method that has one says that share in its notes.
+    """
+    seconds = sum(curve.at(forward.width, forward.context) for forward in trace.forwards)
+    share = float(trace.notes.get("draft_share", 0.0))
+    if share and trace.draft_forwards:
+        context = max(forward.context for forward in (*trace.forwards, *trace.prefill))
+        seconds += trace.draft_forwards * share * curve.at(1, context)
+    return seconds
+
+
 def _order(spec: ExperimentSpec, item_id: str, repeat: int) -> list[int]:
     """Return the order of the cells for an item: random by seed, reversed every second repeat."""
     draw = random.Random(f"{spec.seed} {item_id} {repeat // 2}")
@@ -549,6 +689,8 @@ def _status(error: Exception) -> Status:
         return "unsupported"
     if isinstance(error, InvalidOutput):
         return "invalid-output"
+    if isinstance(error, Damage):
+        return error.status
     if isinstance(error, torch.OutOfMemoryError):
         return "oom-device"
     # torch's CPU allocator has no exception of its own.
@@ -601,7 +743,8 @@ def _bias(test: dict[str, float | int]) -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     kind = type(error).__name__
-    return text if isinstance(error, (Unsupported, InvalidOutput)) and text else f"{kind}: {text}"
+    is_plain = isinstance(error, (Unsupported, InvalidOutput, Damage)) and text
+    return text if is_plain else f"{kind}: {text}"
 
 
 def _ceiling_columns(profile: Profile) -> dict[str, Any]:
@@ -620,10 +763,14 @@ def _now() -> str:
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel to end this process with the one that started it (Linux only)."""
+    """Ask the kernel to end this process with the one that started it (Linux only).
+
+    And to hand it the children of children that have ended, so that none escapes its sight.
+    """
     try:
-        set_parent_death_signal = 1
+        set_parent_death_signal, set_child_subreaper = 1, 36
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(set_child_subreaper, 1)
     except (OSError, AttributeError):
         return
 

@@ -122,7 +122,8 @@ def test_the_baseline_beats_generate_and_nears_the_memory_roofline() -> None:
     fastest = min(seconds for seconds, _ in pairs)
     floor = tokens * model.facts.weight_bytes / bandwidth
     print(
-        f"\n{model.kernels}: {tokens / fastest:.1f} tokens/s, {ratio:.2f} times transformers' generate, "
-        f"{floor / fastest:.0%} of the roofline at {bandwidth / 1e9:.1f} GB/s"
+        f"\n{model.kernels}: {tokens / fastest:.1f} tokens/s, "
+        f"{ratio:.2f} times transformers' generate, {floor / fastest:.0%} of the roofline at "
+        f"{bandwidth / 1e9:.1f} GB/s"
     )
     assert ratio >= 1.3

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from methods.base import Bound, Claim, Paper
-from methods.cards import Card, CardError, load_card, load_paper
+from methods.cards import Card, CardError, arithmetic, load_card, load_paper
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -488,14 +488,22 @@ def claim_lists(draw: st.DrawFn) -> tuple[Claim, ...]:
 
 
 def to_toml(card: Card) -> str:
+    def value(each: object) -> str:
+        if isinstance(each, dict):
+            return "{" + ", ".join(f"{k} = {value(v)}" for k, v in each.items()) + "}"
+        return json.dumps(each, ensure_ascii=False)
+
     def table(head: str, values: dict[str, object]) -> list[str]:
         if values.get("number", 0) is None:
-            values = {k: v for k, v in values.items() if k not in ("number", "bound", "unit")}
-        return [head, *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items())]
+            values = {k: v for k, v in values.items() if k != "unit"}
+        return [head, *(f"{k} = {value(v)}" for k, v in values.items() if v is not None)]
 
     lines = table("[paper]", asdict(card.paper))
     for claim in card.claims:
-        lines += table("[[claim]]", asdict(claim))
+        values = asdict(claim)
+        check = values.pop("check")
+        lines += table("[[claim]]", values)
+        lines += table("[claim.check]", check) if check else []
     return "\n".join(lines) + "\n"
 
 
@@ -512,3 +520,97 @@ def test_a_card_survives_being_written_and_read(tmp_path_factory, paper, claims)
 def test_the_cards_of_the_catalogue_survive_being_written_and_read(write):
     for slug in SLUGS:
         assert load_card(write(to_toml(card(slug)))) == card(slug)
+
+
+# --- ceilings and checks -------------------------------------------------------------------------
+
+CHECKED = GOOD.replace(
+    'note = "from memory"\n',
+    """\
+note = "from memory"
+ceiling = "2392 / 637"
+ceiling_from = "forwards over forwards"
+
+[claim.check]
+measure = "speedup"
+params = { state = "cold", nodes = 8, share = 0.5, prompt = true }
+rival = "other"
+rival_params = { nodes = "auto" }
+task = "humaneval"
+model = "smollm2-135m"
+expected = "1 + 0.3"
+paper_model = "hf:a/b"
+paper_hardware = ["a100-40gb"]
+""",
+)
+
+
+def test_arithmetic_and_settings_are_read_with_their_types(write):
+    claim = load_card(write(CHECKED)).claims[0]
+    assert claim.ceiling == 2392 / 637
+    check = claim.check
+    assert check is not None
+    assert check.expected == 1.3
+    assert check.params == {"state": "cold", "nodes": 8, "share": 0.5, "prompt": True}
+    assert [type(each) for each in check.params.values()] == [str, int, float, bool]
+    assert (check.direction, check.tolerance, check.paper_hardware) == (
+        "above",
+        0.1,
+        ("a100-40gb",),
+    )
+    assert load_card(write(CHECKED)).claims[1].check is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'ceiling_from = "forwards over forwards"\n',
+            "",
+            "ceiling and ceiling_from belong together",
+        ),
+        ('ceiling = "2392 / 637"\n', "", "ceiling and ceiling_from belong together"),
+        ('"2392 / 637"', "0", "ceiling must be above 0, got 0.0."),
+        ('"2392 / 637"', '"2392 / 0"', "must be a number or arithmetic, got '2392 / 0'"),
+        ('"2392 / 637"', '"max(1, 2)"', "only numbers, + - * / ** and parentheses are allowed"),
+        ('"2392 / 637"', '"9.0 ** 999.0"', "must be a number or arithmetic"),
+        ('"2392 / 637"', '"True + 1"', "only numbers"),
+        ('"2392 / 637"', "true", "ceiling must be a number, got True."),
+        ('bound = "up-to"', 'bound = "at-most"', "which must be there and no at-most."),
+        ("number = 2", 'number = "2"', "number must be a number, got '2'."),
+        ('"speedup"', '"speed"', "measure must be one of speedup, tokens_per_forward,"),
+        ('measure = "speedup"\n', "", "the key 'measure' is missing. Required: measure, task,"),
+        ("rival = ", "rivals = ", "no key named 'rivals'. Did you mean 'rival'?"),
+        ('rival = "other"\n', "", "rival_params need a rival."),
+        ('{ nodes = "auto" }', "3", "rival_params must be a table of settings, got 3."),
+        ('{ nodes = "auto" }', "{ nodes = [1] }", "nodes must be text, a number or a boolean"),
+        ('["a100-40gb"]', '"a100-40gb"', "paper_hardware must be a list of texts"),
+        ('paper_model = "hf:a/b"\n', "", "paper_hardware without paper_model says nothing."),
+        ('"hf:a/b"', '"a/b"', "paper_model must be hf:OWNER/NAME or path:FOLDER, got 'a/b'."),
+        ("expected", "tolerance = 1\nexpected", "tolerance must lie in [0, 1), got 1.0."),
+        ("expected", "times = 2\nexpected", "per and times belong to measure = 'computed'."),
+        ("expected", 'quantity = "x"\nexpected', "quantity names what is counted"),
+        ('"speedup"', '"computed"', "quantity names what is counted"),
+        (
+            '"speedup"',
+            '"computed"\nquantity = "state_bytes"',
+            "so it has neither rival nor direction.",
+        ),
+        (
+            '"speedup"\nparams = { state = "cold", nodes = 8, share = 0.5, prompt = true }\n'
+            'rival = "other"\nrival_params = { nodes = "auto" }',
+            '"acceptance_rate"',
+            "measure = 'acceptance_rate' needs a rival",
+        ),
+    ],
+)
+def test_a_check_that_cannot_be_meant_is_refused(write, old: str, new: str, message: str):
+    assert CHECKED.count(old) == 1, old
+    with pytest.raises(CardError, match=re.escape(message)):
+        load_card(write(CHECKED.replace(old, new)))
+
+
+@given(a=st.floats(-1e6, 1e6), b=st.floats(1, 1e6), c=st.integers(0, 9), d=st.floats(-1e3, 1e3))
+def test_arithmetic_is_that_of_python(a: float, b: float, c: int, d: float):
+    text = f"({a!r} + {b!r}) * {c} / {b!r} - ({d!r}) ** 2"
+    assert arithmetic(text) == (a + b) * c / b - d**2

@@ -94,6 +94,9 @@ def test_every_record_arrives_in_its_table(tmp_path: Path) -> None:
         "metrics": 2,
         "verdicts": 2,
         "claims": 0,
+        "claim_verdicts": 0,
+        "rescores": 0,
+        "scorer_metrics": 0,
         "comparison": 2,
     }
     sample = next(store.samples(ID))

@@ -18,12 +18,8 @@ import torch
 
 from hardware.profile import Profile
 from methods.base import Output
-from methods.decoding.autoregressive import Autoregressive
 from methods.decoding.common import DecodingMethod, StatefulDecodingMethod, require_text_generator
-from methods.decoding.hf_generate import HfGenerate
-from methods.decoding.hf_prompt_lookup import HfPromptLookup
 from methods.decoding.prompt_lookup import LookupDrafter, NgramIndex, PromptLookup
-from methods.decoding.random_drafts import RandomDrafts
 from methods.decoding.token_recycling import TokenRecycling
 from models.base import Decoding, Generation, TextGenerator, Trace, Unsupported
 from models.decode import NoDraft, decode
@@ -32,7 +28,9 @@ from runner.registry import Registry
 from runner.request import UsageError
 from tests.models.toy import TableModel, random_table
 
-METHODS = [Autoregressive, PromptLookup, TokenRecycling, RandomDrafts, HfGenerate, HfPromptLookup]
+METHODS = sorted(
+    name for name, entry in Registry().entries("method").items() if entry.status == "ready"
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +50,8 @@ def broken(checks: Sequence[Check]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_our_methods_keep_the_contract(method: type[Any], tiny: TextGenerator) -> None:
-    checks = check_method(method, tiny)
+def test_our_methods_keep_the_contract(method: str, tiny: TextGenerator) -> None:
+    checks = check_method(Registry().load_method(method), tiny)
     assert [check for check in checks if not check.ok] == []
     assert len(checks) == 13
 

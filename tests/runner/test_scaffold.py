@@ -12,7 +12,6 @@ import pytest
 from runner.registry import ROOT, Registry
 from runner.request import UsageError
 from runner.scaffold import scaffold
-from runner.settings import nearest
 
 
 @pytest.fixture
@@ -85,7 +84,6 @@ def test_a_name_that_cannot_be_is_refused(
     with pytest.raises(UsageError, match=reason):
         scaffold(kind, name, year=2026, root=checkout)  # type: ignore[arg-type]
     assert sorted(checkout.rglob("*")) == before
-    assert nearest("methd", ("method", "task")) == "method"
 
 
 def test_nothing_is_overwritten(checkout: Path) -> None:

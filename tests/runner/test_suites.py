@@ -43,7 +43,7 @@ def test_a_suite_file_becomes_a_request(suite):
         ),
         tasks=("humaneval:max_new_tokens=64", "humaneval-mini"),
         models=("smollm2-135m",),
-        limits={"humaneval": 5},
+        limits={"humaneval:max_new_tokens=64": 5},
         repeats=3,
         timeout=60.0,
         scenario="fixed-length",
@@ -86,12 +86,30 @@ def test_a_bare_name_stands_for_the_entries_of_a_named_suite(suite):
     )
     assert request.methods == ("token-recycling:tree_nodes=8", "token-recycling:tree_nodes=32")
     assert request.tasks == ("humaneval:max_new_tokens=64",)
-    assert request.limits == {"humaneval": 5}
+    assert request.limits == {"humaneval:max_new_tokens=64": 5}
 
 
 def test_a_name_with_parameters_is_taken_as_it_is(suite):
     request = make_request(Registry(), suite=suite, methods=["token-recycling:tree_nodes=3"])
     assert request.methods == ("token-recycling:tree_nodes=3",)
+
+
+def test_a_task_may_have_methods_and_a_limit_of_its_own(suite):
+    path = Path(suite)
+    path.write_text(
+        GOOD + '\n[[task]]\nspec = "humaneval:temperature=0.8"\nlimit = 3\n'
+        'methods = ["prompt-lookup"]\n'
+    )
+    request = make_request(Registry(), suite=suite)
+    sampled = "humaneval:temperature=0.8"
+    assert request.tasks == ("humaneval:max_new_tokens=64", "humaneval-mini", sampled)
+    assert request.limits == {"humaneval:max_new_tokens=64": 5, sampled: 3}
+    assert request.task_methods == {sampled: ("prompt-lookup",)}
+    named = make_request(Registry(), suite=suite, methods=["token-recycling"])
+    assert named.task_methods == {}
+    path.write_text(path.read_text().replace('["prompt-lookup"]', '["prompt-lokup"]'))
+    with pytest.raises(UsageError, match="Did you mean 'prompt-lookup'"):
+        make_request(Registry(), suite=suite)
 
 
 def test_without_a_named_suite_a_task_is_run_whole_and_as_it_is():
@@ -122,7 +140,12 @@ def test_no_flag_at_all_is_the_embedded_suite():
         ("fixed-length", "fixed", "scenario must be latency or throughput or fixed-length"),
         ("limit = 5", "limit = 0", "limit must be at least 1, got 0"),
         ("limit = 5", 'limit = "5"', "limit must be int or none, got '5'"),
-        ("humaneval-mini", "humaneval", "task 'humaneval' has two limits, 5 and None"),
+        (
+            "humaneval-mini",
+            "humaneval:max_new_tokens=64",
+            "task 'humaneval:max_new_tokens=64' stands there twice",
+        ),
+        ('"humaneval-mini"', '"humaneval-mini"\nmethods = "prompt-lookup"', "methods must be list"),
         ("[[task]]", "[[task", "is no valid TOML"),
     ],
 )

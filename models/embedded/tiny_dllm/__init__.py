@@ -1,0 +1,1 @@
+"""`tiny-dllm`: a masked-diffusion language model of arithmetic word problems."""
