@@ -1,6 +1,6 @@
 """What the recipes of the embedded models share: schedule, averaged weights, curve, saving.
 
-A recipe is a fixed number of steps. `Clock` may end it early on a machine that is lent by the
+A recipe is a fixed number of steps. `Clock` may end it early on a machine that is rented by the
 minute: progress is then the larger of the shares of steps and seconds used, so that the learning
 rate still reaches zero; the curve records what really ran.
 """

@@ -1,0 +1,1 @@
+"""tiny-detector: tiny-vlm's architecture, taught to answer phrases with coordinate tokens."""

@@ -1,0 +1,254 @@
+"""Greedy answers of tiny-detector and their quality: F1 at an IoU, AP50, pointing, duplicates.
+
+The project's task `coco` scores with pycocotools; what stands here is what the recipe needs to
+watch itself on a machine that has neither, under the same definitions: greedy one-to-one matching
+in the order of falling IoU for F1 (detectors without scores), and 101-point interpolated average
+precision with score = exp(mean log-probability of the box's tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from models.embedded.scenes.generator import SHAPES, Draws, Scene, generate
+from models.embedded.scenes.raster_torch import Renderer
+from models.embedded.tiny_detector import data
+from models.embedded.tiny_detector.text import (
+    Found,
+    Parsed,
+    encode_prompt,
+    parse,
+    position,
+    prompt,
+)
+from models.embedded.tiny_vlm.evaluate import prompt_start, visual_embeddings
+from models.embedded.tiny_vlm.network import PATCHES, Layout, TinyVlm
+from models.embedded.tiny_vlm.text import EOS
+
+
+class Request(NamedTuple):
+    """A scene, what is asked of it, and the right answer."""
+
+    scene: Scene
+    kind: str
+    phrases: list[str]
+    answer: list[Found]
+
+
+class Reply(NamedTuple):
+    """Greedy tokens and their log-probabilities, ended by the end token or the limit."""
+
+    ids: list[int]
+    log_probabilities: list[float]
+
+
+def requests(split: str, count: int, kind: str, *, all_shapes: bool) -> list[Request]:
+    """Return one request for each of the first scenes of a split.
+
+    Args:
+        split: Of the scene generator.
+        count: Number of scenes.
+        kind: Of answer.
+        all_shapes: Ask for the six shapes as categories; otherwise mixed phrases, some absent.
+    """
+    made = []
+    for index in range(count):
+        scene = generate("shapes", data.SIZE, split, index)
+        if all_shapes:
+            phrases = list(SHAPES)
+            answer = data.answers(scene, kind, phrases)
+        else:
+            draws = Draws(f"{scene.key}/{kind}/requests")
+            phrases, answer = data.request(scene, kind, draws)
+        made.append(Request(scene, kind, phrases, answer))
+    return made
+
+
+@torch.no_grad()
+def ask(
+    model: TinyVlm, asked: list[Request], device: torch.device, batch: int = 128, limit: int = 110
+) -> list[Reply]:
+    """Answer requests greedily, running the whole sequence again for each token.
+
+    That is wasteful but needs no cache; the harness generates with one.
+    """
+    replies: list[Reply] = []
+    renderer, start = Renderer(data.SIZE, device), prompt_start(device)
+    for first in range(0, len(asked), batch):
+        part = asked[first : first + batch]
+        packed = np.stack([request.scene.pack() for request in part])
+        image = renderer.render(torch.from_numpy(packed).to(device)).image
+        visual = visual_embeddings(model, image)
+        prompts = [encode_prompt(prompt(request.kind, request.phrases)) for request in part]
+        lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+        longest = max(len(ids) for ids in prompts)
+        words = torch.zeros(len(part), longest + limit, dtype=torch.long, device=device)
+        for row, ids in enumerate(prompts):
+            words[row, : len(ids)] = torch.tensor(ids, device=device)
+        scores = torch.zeros(len(part), limit, device=device)
+        ended = torch.zeros(len(part), dtype=torch.bool, device=device)
+        for step in range(limit):
+            # A few lengths only, so that a compiled or tuned kernel is used again.
+            width = min(-(-(longest + step) // 16) * 16, longest + limit)
+            layout = Layout(len(start) + PATCHES, [width], device)
+            logits = model.logits(visual, start, words[:, :width], layout).float()
+            at = lengths + step
+            last = logits.gather(1, (at - 1)[:, None, None].expand(-1, 1, logits.shape[-1]))
+            value, token = last[:, 0].log_softmax(-1).max(-1)
+            words.scatter_(1, at[:, None], token.where(~ended, 0)[:, None])
+            scores[:, step] = value
+            ended |= token == EOS
+            if step % 8 == 7 and bool(ended.all()):
+                break
+        for row, ids in enumerate(prompts):
+            told = words[row, len(ids) : len(ids) + limit].tolist()
+            stop = told.index(EOS) + 1 if EOS in told else len(told)
+            replies.append(Reply(told[:stop], scores[row, :stop].tolist()))
+    return replies
+
+
+def intersection_over_union(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the IoU of every pair of boxes, (n, 4) and (m, 4) as edges, (n, m)."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    both = (high - low).clip(min=0).prod(-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(-1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None] - both
+    return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+
+
+def matched(overlap: np.ndarray, threshold: float) -> int:
+    """Return the pairs of a greedy one-to-one matching, in the order of falling overlap."""
+    overlap = overlap.copy()
+    count = 0
+    while overlap.size and overlap.max() >= threshold:
+        i, j = np.unravel_index(overlap.argmax(), overlap.shape)
+        overlap[i], overlap[:, j] = -1, -1
+        count += 1
+    return count
+
+
+def average_precision(scored: list[tuple[float, bool]], truths: int) -> float:
+    """Return the 101-point interpolated average precision of detections (score, is right)."""
+    if not truths:
+        return float("nan")
+    right = np.array([hit for _, hit in sorted(scored, key=lambda item: -item[0])], float)
+    found = right.cumsum()
+    precision = found / np.arange(1, len(right) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    recall = found / truths
+    places = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
+    return float(np.mean([precision[p] if p < len(precision) else 0.0 for p in places]))
+
+
+def is_malformed(request: Request, parsed: Parsed) -> bool:
+    """Say whether an answer breaks the grammar, does not end, or names other phrases than asked."""
+    answered = [found.phrase for found in parsed.found]
+    return bool(parsed.malformed) or not parsed.complete or answered != request.phrases
+
+
+def boxes_of(instances: list[tuple[int, ...]]) -> np.ndarray:
+    """Return instances in pixels, (n, 4) or (n, 2)."""
+    width = len(instances[0]) if instances else 4
+    pixels = [[position(value, data.SIZE) for value in bins] for bins in instances]
+    return np.array(pixels, float).reshape(len(instances), width)
+
+
+def score(asked: list[Request], replies: list[Reply]) -> dict[str, float]:
+    """Return the quality of box answers.
+
+    Returns:
+        f1_50, f1_75, f1_95 (micro, over all phrases), f1_mean (over IoU 0.5 to 0.95), ap50 (mean
+        over phrases that occur as categories), duplicates (share of predictions that overlap an
+        earlier one of the phrase by more than 0.9), absent (share of phrases that name nothing
+        and were answered so), malformed (answers that `is_malformed`).
+    """
+    thresholds = [0.5 + 0.05 * step for step in range(10)]
+    hits = dict.fromkeys(range(10), 0)
+    truths = predictions = duplicates = malformed = empty = rejected = 0
+    scored: dict[str, list[tuple[float, bool]]] = {name: [] for name in SHAPES}
+    totals = dict.fromkeys(SHAPES, 0)
+    for request, reply in zip(asked, replies, strict=True):
+        parsed = parse(reply.ids, request.kind)
+        malformed += is_malformed(request, parsed)
+        told = {found.phrase: place for place, found in enumerate(parsed.found)}
+        for phrase, instances in request.answer:
+            place = told.get(phrase)
+            guesses = parsed.found[place].instances if place is not None else []
+            truth, guess = boxes_of(instances), boxes_of(guesses)
+            overlap = intersection_over_union(guess, truth)
+            for step, threshold in enumerate(thresholds):
+                hits[step] += matched(overlap, threshold - 1e-9)
+            truths, predictions = truths + len(truth), predictions + len(guess)
+            itself = np.triu(intersection_over_union(guess, guess), 1)
+            duplicates += int((itself > 0.9).any(0).sum())
+            if not len(truth):
+                empty += 1
+                rejected += not len(guess)
+            if phrase not in totals:
+                continue
+            totals[phrase] += len(truth)
+            values = [
+                float(np.exp(np.mean(reply.log_probabilities[a:b])))
+                for a, b in (parsed.spans[place] if place is not None else [])
+            ]
+            free = np.ones(len(truth), bool)
+            for number in np.argsort([-value for value in values], kind="stable"):
+                row = np.where(free, overlap[number], -1.0)
+                best = int(row.argmax()) if len(row) else -1
+                right = best >= 0 and row[best] >= 0.5
+                if right:
+                    free[best] = False
+                scored[phrase].append((values[number], bool(right)))
+    f1 = {step: 2 * hits[step] / max(truths + predictions, 1) for step in hits}
+    precisions = [average_precision(scored[name], totals[name]) for name in SHAPES]
+    return {
+        "f1_50": f1[0],
+        "f1_75": f1[5],
+        "f1_95": f1[9],
+        "f1_mean": float(np.mean(list(f1.values()))),
+        "ap50": float(np.nanmean(precisions)) if any(totals.values()) else float("nan"),
+        "duplicates": duplicates / max(predictions, 1),
+        "absent": rejected / max(empty, 1),
+        "malformed": malformed / max(len(asked), 1),
+    }
+
+
+def score_points(asked: list[Request], replies: list[Reply]) -> dict[str, float]:
+    """Return F1 of points: right when at most six pixels off in both directions."""
+    return _score_near(asked, replies, lambda guess, truth: np.abs(guess - truth).max(-1) <= 6)
+
+
+def score_outlines(asked: list[Request], replies: list[Reply]) -> dict[str, float]:
+    """Return F1 of outlines: right when the corners are two pixels off at most, on average."""
+    return _score_near(asked, replies, lambda guess, truth: np.abs(guess - truth).mean(-1) <= 2)
+
+
+def _score_near(
+    asked: list[Request],
+    replies: list[Reply],
+    near: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> dict[str, float]:
+    hits = truths = predictions = malformed = 0
+    for request, reply in zip(asked, replies, strict=True):
+        parsed = parse(reply.ids, request.kind)
+        malformed += is_malformed(request, parsed)
+        told = {found.phrase: found.instances for found in parsed.found}
+        for phrase, instances in request.answer:
+            truth, guess = boxes_of(instances), boxes_of(told.get(phrase, []))
+            truths, predictions = truths + len(truth), predictions + len(guess)
+            if len(truth) and len(guess):
+                hits += matched(near(guess[:, None], truth[None]).astype(float), 0.5)
+    return {
+        "f1": 2 * hits / max(truths + predictions, 1),
+        "malformed": malformed / max(len(asked), 1),
+    }
+
+
+def reply_tokens(replies: list[Reply]) -> float:
+    """Return the mean number of tokens of an answer."""
+    return float(np.mean([len(reply.ids) for reply in replies]))
