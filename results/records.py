@@ -102,6 +102,7 @@ class CellRecord:
 
     Attributes:
         cell_id: Hash of what can change the method's answer, and of the experiment's conditions.
+        spec: What was asked for, `name[:key=value,…]` with defaults left out; "" in old shards.
         role: `method`, `baseline`, `control` or `peer`.
         declared_output: What the method promised: `identical`, `same-distribution`, `approximate`.
         output_check: What was found; None if it could not be checked.
@@ -132,6 +133,7 @@ class CellRecord:
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     finished: str = ""
+    spec: str = ""
     audit: dict[str, Any] | None = None
     schema: int = SCHEMA_VERSION
 

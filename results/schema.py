@@ -6,7 +6,7 @@ from typing import Final
 
 # Raised whenever tables change or the same samples would give other numbers; older indexes are
 # then rebuilt from the shards.
-INDEX_VERSION: Final = 2
+INDEX_VERSION: Final = 3
 
 TABLES: Final[dict[str, dict[str, str]]] = {
     "index_info": {"version": "BIGINT"},
@@ -69,6 +69,7 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "notes": "JSON",
         "seconds": "JSON",
         "finished": "VARCHAR",
+        "spec": "VARCHAR",
         "audit": "JSON",
     },
     "samples": {
@@ -249,7 +250,7 @@ SELECT
     coalesce(c.notes ->> 'sandbox', e.facts ->> 'sandbox') AS sandbox,
     e.margin, e.quality_margin, e.task_params, e.model_params, e.task_version,
     e.environment_id, e.created, e.manifest_sha256 IS NOT NULL AS is_sealed,
-    c.audit ->> 'result' AS audit,
+    c.audit ->> 'result' AS audit, c.spec,
     s.scorers, s.quality_spread, d.disputed_items
 FROM cells c
 JOIN experiments e USING (experiment_id)

@@ -308,10 +308,16 @@ def _table(group: list[Row]) -> Table:
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
-    """Name each method, with the settings in which it differs from others of its name."""
+    """Name each method with the settings that were asked for.
+
+    Old shards do not say those: there, the settings in which it differs from others of its name.
+    """
     settings = [json.loads(row["params"]) for row in rows]
     labels = []
     for row, own in zip(rows, settings, strict=True):
+        if row["spec"]:
+            labels.append(row["spec"])
+            continue
         others = [
             other
             for rival, other in zip(rows, settings, strict=True)

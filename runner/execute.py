@@ -15,19 +15,18 @@ import time
 import uuid
 from collections import deque
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import psutil
 
 from hardware import detect
-from results.records import CellRecord, RunRecord, Status
+from results.records import RunRecord, Status
 from results.store import Store
 from runner.plan import Plan
 from runner.registry import ROOT
 from runner.request import Event, Listener
-from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec
+from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec, now
 
 # Loading may fetch and convert weights; scoring runs programs with limits of their own.
 _PHASE_TIMEOUT = 1800.0
@@ -68,7 +67,7 @@ def execute(plan: Plan, listener: Listener) -> Outcome:
     record = RunRecord(
         run_id=plan.run_id,
         command=" ".join(sys.argv[1:]) or "run",
-        started=_now(),
+        started=now(),
         finished="",
         status="running",
         cells=[list(pair) for pair in plan.cells],
@@ -83,7 +82,7 @@ def execute(plan: Plan, listener: Listener) -> Outcome:
     except KeyboardInterrupt:
         interrupted = True
     status: Literal["interrupted", "finished"] = "interrupted" if interrupted else "finished"
-    store.write_run(replace(record, finished=_now(), status=status))
+    store.write_run(replace(record, finished=now(), status=status))
     fine = {
         (experiment_id, cell.cell_id)
         for experiment_id in {experiment_id for experiment_id, _ in plan.cells}
@@ -261,18 +260,11 @@ class _Supervisor:
             if not has_shard:
                 continue
             self.store.write_cell(
-                CellRecord(
-                    cell_id=cell.cell_id,
-                    experiment_id=self.spec.experiment_id,
-                    method=cell.name,
-                    params=cell.params,
-                    family=cell.family,
-                    role=cell.role,
-                    declared_output=cell.declared_output,
-                    status=status,
+                cell.record(
+                    self.spec.experiment_id,
+                    status,
                     error=reason,
                     log_tail="".join(self.log)[-_LOG_CHARACTERS:],
-                    finished=_now(),
                 )
             )
 
@@ -318,7 +310,3 @@ def _death(exit_code: int) -> str:
     if exit_code < 0:
         return f"died of {signal.Signals(-exit_code).name}"
     return f"ended with exit code {exit_code}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from results.records import CellRecord, Status
 from runner.request import Scenario
 
 # Exit codes of a worker besides 0.
 RESTART = 75  # a cell failed: start again for the others
 BUSY = 76  # another worker holds the experiment
+
+
+def now() -> str:
+    """Return the time as records have it: ISO 8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,28 @@ class CellSpec:
     family: str
     role: str
     declared_output: str
+
+    def record(self, experiment_id: str, status: Status, **details: Any) -> CellRecord:
+        """Return the cell's record, ended now.
+
+        Args:
+            experiment_id: Whose cell it is.
+            status: How it ended.
+            details: Other fields of the record.
+        """
+        return CellRecord(
+            cell_id=self.cell_id,
+            experiment_id=experiment_id,
+            method=self.name,
+            params=self.params,
+            family=self.family,
+            role=self.role,
+            declared_output=self.declared_output,
+            spec=self.method,
+            status=status,
+            finished=now(),
+            **details,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast, overload
 
@@ -60,7 +59,7 @@ from runner.certificate import (
 from runner.guards import Damage, Ledger, ProcessGuard, WeightGuard, held_bytes
 from runner.registry import Registry
 from runner.settings import build, parse_spec
-from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec
+from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec, now
 from tasks.base import Item, Result, Task, Unscored
 
 # Warm-up ends when two rounds of the baseline differ by less, or after so many rounds.
@@ -282,7 +281,7 @@ class _Worker:
                 "kv_bytes_per_token": facts.kv_read(_ONE_TOKEN),
                 **self.task.conditions(),
             },
-            created=_now(),
+            created=now(),
         )
 
     # Measuring
@@ -503,21 +502,13 @@ class _Worker:
     def _cell_record(
         self, cell: _Cell, status: Status, error: str = "", log_tail: str = ""
     ) -> CellRecord:
-        spec = cell.spec
-        return CellRecord(
-            cell_id=spec.cell_id,
-            experiment_id=self.spec.experiment_id,
-            method=spec.name,
-            params=spec.params,
-            family=spec.family,
-            role=spec.role,
-            declared_output=spec.declared_output,
-            status=status,
+        return cell.spec.record(
+            self.spec.experiment_id,
+            status,
             error=error,
             log_tail=log_tail,
             notes={**cell.notes, "state": cell.method.state_policy},
             seconds={**cell.seconds, **self.phases},
-            finished=_now(),
         )
 
     def _score(self) -> None:
@@ -582,7 +573,8 @@ class _Worker:
                 record = replace(record, audit=self._audited(cell))
             error = tampered or cell.ledger.hidden_time()
             error = error or (audit.failure(record.audit) if record.audit else "")
-            if error and record.status == "ok":
+            # Changed weights explain whatever else is wrong.
+            if tampered or (error and record.status == "ok"):
                 record = replace(record, status="failed", error=error)
             self.store.write_cell(record)
             self.tell(
@@ -756,10 +748,6 @@ def _ceiling_columns(profile: Profile) -> dict[str, Any]:
         "copy_bandwidth": measured.copy_bandwidth,
         **{f"matmul_flops_{dtype}": value for dtype, value in measured.matmul_flops.items()},
     }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _die_with_parent() -> None:

@@ -449,4 +449,6 @@ def test_every_command_of_the_contract_is_there_and_none_that_does_not_work(caps
         "conformance",
         "compare",
         "score",
+        "reproduce",
+        "new",
     }

@@ -254,7 +254,7 @@ LEAKED: list[Any] = []
 
 class _Leaks(_Wrapped):
     def generate(self, prompt_ids: Any, decoding: Decoding) -> Generation:
-        LEAKED.append(torch.ones(256 * 2**20 // 4))  # touched, so that it is held
+        LEAKED.append(torch.ones(640 * 2**20 // 4))  # touched, so that it is held
         return self.inner.generate(prompt_ids, decoding)
 
 
