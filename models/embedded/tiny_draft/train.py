@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.embedded.tiny_draft.data import Prompt, library_windows, prompts
+from models.embedded.tiny_draft.data import Kind, Prompt, library_windows, prompts
 from models.embedded.training import Clock, Curve, cosine, save_half, seed_everything
 
 HIDDEN_SIZE, INNER_SIZE, LAYERS, HEADS = 128, 512, 4, 4
@@ -590,7 +590,8 @@ class Recipe:
             The texts, and the hidden states that they were written from, (tokens, width).
         """
         given: list[list[int]] = []
-        for kind, number in (("code", self.sizes.code), ("chat", self.sizes.chat)):
+        numbers_of: dict[Kind, int] = {"code": self.sizes.code, "chat": self.sizes.chat}
+        for kind, number in numbers_of.items():
             count = self.scaled(number, 3)
             chosen = prompts(kind, count, held_out=False, seed=self.arguments.seed)
             given += self.given(chosen)
