@@ -12,6 +12,7 @@ from hardware import catalog
 from hardware.profile import Profile
 from methods.cards import load_card
 from models.base import Decoding
+from runner import scaffold
 from runner.registry import ROOT, Registry
 from runner.settings import build, from_table
 from runner.suites import Suite, make_request
@@ -86,11 +87,16 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
     assert len(commands) > 5
     requests = []
     monkeypatch.setattr(run, "measure", requests.append)
+    monkeypatch.setattr(run, "count_work", lambda methods, update: None)
+    monkeypatch.setattr(scaffold, "scaffold", lambda kind, name, year: [])
     for command in commands:
-        if command[0] in ("list", "show", "run", "doctor"):
+        if command[0] in ("list", "run", "doctor", "new") or command[:2] == ["show", "method"]:
             assert run.main(command) == 0, command
-        elif command[0] in ("table", "sql"):
-            assert run.main([*command, "--store", "nowhere"]) == 2
+        elif command[0] in ("table", "sql", "show", "compare", "score"):
+            assert run.main([*command, "--store", "nowhere"]) == 2, command
+        elif command[0] == "reproduce":
+            offline = ["--no-run", "--store", "nowhere"]
+            assert run.main([*command, *offline]) == 0, command
         else:
             assert command[:2] == ["plan", "--suite"], command
             assert make_request(Registry(), suite=command[2])

@@ -48,8 +48,11 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def broken_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Store, list[Event]]:
     folder = tmp_path_factory.mktemp("faults")
+    ours = ("autoregressive",)
     request = Request(
-        methods=tuple(EXPECTED),
+        # From the second call on: where a fault waits longer, a restart for another cell's fault
+        # may leave it too few calls to show.
+        methods=(*ours, *(f"{name}:after=1" for name in EXPECTED if name not in ours)),
         tasks=("parity:num_items=3",),
         models=(save_model(folder / "model"),),
         store=folder / "store",
