@@ -123,7 +123,7 @@ def test_what_is_sealed_is_not_measured_again(
     _, store, _ = broken_run
     run = store.run(store.run_ids()[0])
     request = Request(
-        methods=("autoregressive", "twin"),
+        methods=("autoregressive", "twin:after=1"),
         tasks=("parity:num_items=3",),
         models=(f"path:{store.path.parent / 'model'}",),
         store=store.path,
@@ -131,7 +131,7 @@ def test_what_is_sealed_is_not_measured_again(
     )
     plan = make_plan(request)
     assert plan.experiments == []
-    assert [row["method"] for row in plan.cached] == ["autoregressive", "twin"]
+    assert [row["method"] for row in plan.cached] == ["autoregressive", "twin:after=1"]
     assert [list(pair) for pair in plan.cells] == run.cells[:2]
 
 
