@@ -65,7 +65,8 @@ class Trace:
     Attributes:
         prefill: Forwards that read the prompt.
         forwards: Target forwards after the prefill, in order.
-        accepted: Drafted tokens accepted by each of `forwards`.
+        accepted: Drafted tokens accepted by each of `forwards`; -1 for one that looked ahead and
+            emitted nothing, not even its bonus token.
         draft_forwards: Forwards of a draft model.
         flops: Floating-point operations of all forwards; a multiply-add counts two.
         kv_bytes: Bytes of cached keys and values that the forwards read.
@@ -82,6 +83,11 @@ class Trace:
     kv_bytes: int = 0
     marks: dict[str, float] = field(default_factory=dict)
     notes: dict[str, float | int | str] = field(default_factory=dict)
+
+    @property
+    def accepted_drafts(self) -> int:
+        """Drafted tokens accepted by all forwards."""
+        return sum(count for count in self.accepted if count > 0)
 
     def mark(self, phase: str, synchronize: Callable[[], None] | None = None) -> None:
         """Note that `phase` ends now; `synchronize` waits for the device first."""

@@ -217,7 +217,7 @@ def _work(
         "prefill_tokens": sum(forward.width for forward in trace.prefill),
         "forwards": len(trace.forwards),
         "forward_tokens": sum(forward.width for forward in trace.forwards),
-        "accepted_tokens": sum(trace.accepted),
+        "accepted_tokens": trace.accepted_drafts,
         "draft_forwards": trace.draft_forwards,
         "flops": int(trace.flops),  # sums of whole numbers far below 2**53
         "kv_bytes": trace.kv_bytes,

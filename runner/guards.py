@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,11 +62,16 @@ class WeightGuard:
         if not hasattr(self._module, "state_dict"):
             self._module = None
         self._probes: dict[str, Any] = {}
+        self._views: dict[Any, list[Any]] = defaultdict(list)
         tensors = self._tensors()
         for name, tensor in tensors.items():
             count = tensor.numel()
             step = max(1, count // _PROBES)
             self._probes[name] = slice(step // 2 if count else 0, None, step)
+            if tensor.is_contiguous():
+                self._views[tensor.dtype].append(tensor.view(-1)[self._probes[name]])
+        self._numbers = self._probed()
+        self._places = _places(tensors)
         self._seen = self._look(tensors)
         self._sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
 
@@ -75,7 +81,16 @@ class WeightGuard:
         Raises:
             Damage: One of them has changed.
         """
-        self._compare(self._seen, self._look(self._tensors()))
+        import torch
+
+        tensors = self._tensors()
+        # Where every tensor lies where it lay, the views say in a fifth of the time whether any
+        # number differs; what they cannot say (a NaN equals nothing) is looked at name by name.
+        if _places(tensors) == self._places and all(
+            torch.equal(numbers, self._numbers[dtype]) for dtype, numbers in self._probed().items()
+        ):
+            return
+        self._compare(self._seen, self._look(tensors))
 
     def check_all(self) -> None:
         """Compare every byte.
@@ -89,6 +104,12 @@ class WeightGuard:
 
     def _tensors(self) -> dict[str, Any]:
         return {} if self._module is None else self._module.state_dict()
+
+    def _probed(self) -> dict[Any, Any]:
+        """Return the probed numbers of all contiguous tensors, one tensor a dtype."""
+        import torch
+
+        return {dtype: torch.cat(views) for dtype, views in self._views.items()}
 
     def _look(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Return shape, dtype and probed numbers of each tensor, all read in one transfer."""
@@ -112,6 +133,16 @@ class WeightGuard:
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise Damage(f"left the model's weights changed: {changed[0]}{more}")
+
+
+def _places(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where each contiguous tensor lies, its shape and dtype; another is never the same."""
+    return {
+        name: (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if tensor.is_contiguous()
+        else object()
+        for name, tensor in tensors.items()
+    }
 
 
 def _checksum(tensor: Any) -> int:

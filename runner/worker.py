@@ -478,7 +478,7 @@ class _Worker:
             target_forwards=len(forwards) if is_told else None,
             forward_tokens=sum(forward.width for forward in forwards) if is_told else None,
             draft_forwards=trace.draft_forwards if is_told else None,
-            accepted_tokens=sum(trace.accepted) if is_told else None,
+            accepted_tokens=trace.accepted_drafts if is_told else None,
             flops=trace.flops if is_told else None,
             kv_bytes=trace.kv_bytes if is_told else None,
             peak_bytes=reading.peak_bytes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import weakref
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -285,44 +285,72 @@ class RankedDrafter(Drafter, Protocol):
         ...
 
 
-class RankCounter:
-    """A drafter that counts at which rank of its inner drafter the true next token stands.
+class CountingDrafter(ABC):
+    """A drafter that drafts as its inner one does, and counts what became of the drafts.
+
+    Attributes:
+        trials: How often there was something to count, int64.
+        hits: How often it was right, int64.
+    """
+
+    def __init__(self, inner: Drafter, trials: tuple[int, ...], hits: tuple[int, ...]) -> None:
+        """Start counting.
+
+        Args:
+            inner: The drafter.
+            trials, hits: Shapes of the counts.
+        """
+        self.inner = inner
+        self.max_nodes = inner.max_nodes
+        self.wants_prompt_logits = inner.wants_prompt_logits
+        self.trials = np.zeros(trials, dtype=np.int64)
+        self.hits = np.zeros(hits, dtype=np.int64)
+
+    @property
+    def notes(self) -> Mapping[str, float | int | str]:
+        """Notes of the inner drafter."""
+        return self.inner.notes
+
+    def begin(self, prompt_ids: Sequence[int], logits: Tensor) -> None:
+        """See the prompt."""
+        self.inner.begin(prompt_ids, logits)
+
+    def draft(self, token_ids: Sequence[int], budget: int) -> DraftTree:
+        """Return the inner drafter's tree."""
+        return self.inner.draft(token_ids, budget)
+
+    def update(self, tree: DraftTree, logits: Tensor, accepted: Accepted) -> None:
+        """Count, while the inner drafter still is as it was when it drafted; then pass on."""
+        self.count(tree, accepted)
+        self.inner.update(tree, logits, accepted)
+
+    @abstractmethod
+    def count(self, tree: DraftTree, accepted: Accepted) -> None:
+        """Count what became of a tree."""
+
+
+class RankCounter(CountingDrafter):
+    """Counts at which rank of the inner drafter the true next token stands.
 
     Attributes:
         trials: Visits of an accepted node, by depth, (depths,).
         hits: Visits whose true next token stood at each rank, (depths, ranks).
     """
 
+    inner: RankedDrafter
+
     def __init__(self, inner: RankedDrafter, depths: int, ranks: int) -> None:
-        self._inner = inner
-        self.max_nodes = inner.max_nodes
-        self.wants_prompt_logits = inner.wants_prompt_logits
-        self.trials = np.zeros(depths, dtype=np.int64)
-        self.hits = np.zeros((depths, ranks), dtype=np.int64)
+        super().__init__(inner, (depths,), (depths, ranks))
 
-    @property
-    def notes(self) -> Mapping[str, float | int | str]:
-        """Notes of the inner drafter."""
-        return self._inner.notes
-
-    def begin(self, prompt_ids: Sequence[int], logits: Tensor) -> None:
-        """See the prompt."""
-        self._inner.begin(prompt_ids, logits)
-
-    def draft(self, token_ids: Sequence[int], budget: int) -> DraftTree:
-        """Return the inner drafter's tree."""
-        return self._inner.draft(token_ids, budget)
-
-    def update(self, tree: DraftTree, logits: Tensor, accepted: Accepted) -> None:
-        """Count, while the inner drafter still ranks as it did when it drafted; then pass on."""
+    def count(self, tree: DraftTree, accepted: Accepted) -> None:
+        """See `CountingDrafter.count`."""
         following = [*tree.tokens[accepted.path[1:]].tolist(), accepted.bonus]
         visited = zip(accepted.path, following, strict=True)
         for depth, (node, token) in enumerate(itertools.islice(visited, len(self.trials))):
             self.trials[depth] += 1
-            ranked = list(self._inner.candidates(tree, node))[: self.hits.shape[1]]
+            ranked = list(self.inner.candidates(tree, node))[: self.hits.shape[1]]
             if token in ranked:
                 self.hits[depth, ranked.index(token)] += 1
-        self._inner.update(tree, logits, accepted)
 
 
 def measure_rank_statistics(

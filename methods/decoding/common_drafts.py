@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import models
 from hardware.profile import Profile, StepCost
 from methods.decoding.common import (
+    CountingDrafter,
     DecodingMethod,
     DraftedGenerator,
     calibrated_nodes,
@@ -746,8 +747,8 @@ def draft_share(hardware: Profile, target: TextModelFacts, draft: TextModelFacts
 # --- what is accepted -----------------------------------------------------------------------------
 
 
-class AcceptanceCounter:
-    """A drafter that counts which drafts of its inner drafter are accepted, by sibling order.
+class AcceptanceCounter(CountingDrafter):
+    """Counts which drafts are accepted, by sibling order.
 
     Attributes:
         trials: Visited nodes that had a child of each order, (orders,).
@@ -755,69 +756,35 @@ class AcceptanceCounter:
     """
 
     def __init__(self, inner: Drafter, orders: int) -> None:
-        self._inner = inner
-        self.max_nodes = inner.max_nodes
-        self.wants_prompt_logits = inner.wants_prompt_logits
-        self.trials = np.zeros(orders, dtype=np.int64)
-        self.hits = np.zeros(orders, dtype=np.int64)
+        super().__init__(inner, (orders,), (orders,))
 
-    @property
-    def notes(self) -> Mapping[str, float | int | str]:
-        """Notes of the inner drafter."""
-        return self._inner.notes
-
-    def begin(self, prompt_ids: Sequence[int], logits: Tensor) -> None:
-        """See the prompt."""
-        self._inner.begin(prompt_ids, logits)
-
-    def draft(self, token_ids: Sequence[int], budget: int) -> DraftTree:
-        """Return the inner drafter's tree."""
-        return self._inner.draft(token_ids, budget)
-
-    def update(self, tree: DraftTree, logits: Tensor, accepted: Accepted) -> None:
-        """Count, then pass on."""
+    def count(self, tree: DraftTree, accepted: Accepted) -> None:
+        """See `CountingDrafter.count`."""
         orders = len(self.trials)
         for node, following in itertools.zip_longest(accepted.path, accepted.path[1:]):
             children = tree.topology.children[node][:orders]
             self.trials[: len(children)] += 1
             if following in children:
                 self.hits[children.index(following)] += 1
-        self._inner.update(tree, logits, accepted)
 
 
-class ShareCounter:
-    """A drafter that counts how often drafts are accepted, by the probability they were drawn with.
+class ShareCounter(CountingDrafter):
+    """Counts how often drafts are accepted, by the probability they were drawn with.
 
     For DySpec's claim that the one predicts the other. A draft counts once verification tests it:
     its parent was accepted, its earlier siblings were not.
 
     Attributes:
-        trials: Drafts tested, by equal bins of the probability under the distribution drawn from.
-        hits: Of these, the accepted ones.
+        trials: Drafts tested, by equal bins of the probability under the distribution drawn from,
+            (bins,).
+        hits: Of these, the accepted ones, (bins,).
     """
 
     def __init__(self, inner: Drafter, bins: int) -> None:
-        self._inner = inner
-        self.max_nodes = inner.max_nodes
-        self.wants_prompt_logits = inner.wants_prompt_logits
-        self.trials = np.zeros(bins, dtype=np.int64)
-        self.hits = np.zeros(bins, dtype=np.int64)
+        super().__init__(inner, (bins,), (bins,))
 
-    @property
-    def notes(self) -> Mapping[str, float | int | str]:
-        """Notes of the inner drafter."""
-        return self._inner.notes
-
-    def begin(self, prompt_ids: Sequence[int], logits: Tensor) -> None:
-        """See the prompt."""
-        self._inner.begin(prompt_ids, logits)
-
-    def draft(self, token_ids: Sequence[int], budget: int) -> DraftTree:
-        """Return the inner drafter's tree."""
-        return self._inner.draft(token_ids, budget)
-
-    def update(self, tree: DraftTree, logits: Tensor, accepted: Accepted) -> None:
-        """Count, then pass on."""
+    def count(self, tree: DraftTree, accepted: Accepted) -> None:
+        """See `CountingDrafter.count`."""
         bins = len(self.trials)
         for node, following in itertools.zip_longest(accepted.path, accepted.path[1:]):
             children = tree.topology.children[node]
@@ -832,4 +799,3 @@ class ShareCounter:
                     self.hits[place] += 1
                     break
                 row.take(token)
-        self._inner.update(tree, logits, accepted)

@@ -7,6 +7,7 @@ rate still reaches zero; the curve records what really ran.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import random
@@ -18,6 +19,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+
+def recipe_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a command line with what every recipe takes; a recipe adds its own."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the results.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="0.002 is a smoke test.")
+    parser.add_argument("--max-seconds", type=float, default=None, help="End early.")
+    parser.add_argument("--eval-only", action="store_true", help="Measure the weights in --out.")
+    return parser
 
 
 def seed_everything(seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from models.embedded.training import (
     Clock,
     Curve,
     cosine,
+    recipe_parser,
     save_half,
     seed_everything,
 )
@@ -194,13 +194,7 @@ def evaluate(
 
 def main() -> None:
     """Run the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-scale", type=float, default=1.0)
-    parser.add_argument("--max-seconds", type=float)
-    parser.add_argument("--eval-only", action="store_true")
+    parser = recipe_parser(__doc__)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     scale = arguments.steps_scale

@@ -6,7 +6,6 @@ scores, and not kept), the tokenizer, the tokens of all training images, the tar
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import time
@@ -39,6 +38,7 @@ from models.embedded.training import (
     Clock,
     Curve,
     cosine,
+    recipe_parser,
     save_half,
     seed_everything,
 )
@@ -692,13 +692,7 @@ def contact_sheet(rows: list[Tensor], path: Path) -> None:
 
 def main() -> None:
     """Run the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-scale", type=float, default=1.0)
-    parser.add_argument("--max-seconds", type=float)
-    parser.add_argument("--eval-only", action="store_true")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="torch.compile for the decoders")
     parser.add_argument(
         "--extractor",

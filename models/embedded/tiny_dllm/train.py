@@ -43,6 +43,7 @@ from models.embedded.training import (
     Clock,
     Curve,
     cosine,
+    recipe_parser,
     save_half,
     seed_everything,
 )
@@ -202,13 +203,7 @@ def evaluate(folder: Path, device: torch.device, sizes: Sizes) -> dict[str, floa
 
 def parse_arguments(description: str) -> argparse.Namespace:
     """Read the command line that all recipes share."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-scale", type=float, default=1.0)
-    parser.add_argument("--max-seconds", type=float, default=None)
-    parser.add_argument("--eval-only", action="store_true")
+    parser = recipe_parser(description)
     return parser.parse_args()
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.embedded.tiny_draft.data import Kind, Prompt, library_windows, prompts
-from models.embedded.training import Clock, Curve, cosine, save_half, seed_everything
+from models.embedded.training import Clock, Curve, cosine, recipe_parser, save_half, seed_everything
 
 HIDDEN_SIZE, INNER_SIZE, LAYERS, HEADS = 128, 512, 4, 4
 LEARNING_RATE = 2e-3
@@ -811,14 +811,8 @@ class Recipe:
 
 def main() -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(description="Distil tiny-draft.")
+    parser = recipe_parser("Distil tiny-draft.")
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-scale", type=float, default=1.0)
-    parser.add_argument("--max-seconds", type=float, default=None)
-    parser.add_argument("--eval-only", action="store_true")
     Recipe(parser.parse_args()).run()
 
 

@@ -14,7 +14,6 @@ Categories that are answered worse are asked more often.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -48,6 +47,7 @@ from models.embedded.training import (
     Clock,
     Curve,
     cosine,
+    recipe_parser,
     save_half,
     seed_everything,
 )
@@ -440,15 +440,9 @@ def load(folder: Path, device: torch.device) -> TinyVlm:
 
 def main() -> None:
     """Read the command line and train, or evaluate a folder's weights."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-scale", type=float, default=1.0)
-    parser.add_argument("--max-seconds", type=float, default=None)
+    parser = recipe_parser(__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--eval-only", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.eval_only:
