@@ -289,16 +289,18 @@ def rebuild(store: Store = Request.store) -> None:
 
 
 @app.command()
-def verify(store: Store = Request.store) -> None:
+def verify(store: Store = Request.store, plugin: Plugins = None) -> None:
     """Check shards against their manifests, and published numbers against raw samples."""
     from results.verify import verify as find_problems
-    from runner.indexing import aggregates
+    from runner.corpus import recompute
 
     index_of(store)
     with store_errors(1):
-        problems = find_problems(store, aggregates=aggregates(store, registry()))
-    for problem in problems:
-        typer.echo(plain(problem))
+        problems = find_problems(store)
+        again = recompute(store, registry(plugin))
+    problems += again.problems
+    for line in (*problems, *again.left_out):
+        typer.echo(plain(line))
     typer.echo(f"{len(problems)} problems" if problems else "every number follows from its samples")
     if problems:
         raise typer.Exit(1)
@@ -314,24 +316,18 @@ def compare(
     ] = False,
     format: Annotated[str, typer.Option("--format", help="table, md or json.")] = "table",
     store: Store = Request.store,
-    plugin: Plugins = None,
 ) -> None:
     """Judge a run against an earlier one; ends with 1 on a regression."""
     from results import compare as comparing
     from results import junit as builds
     from results.store import Store as Results
-    from runner.indexing import aggregates
 
     choose("--format", format, ("table", *comparing.FORMATS))
     with store_errors(2):
         sides = [comparing.resolve(name, Results(store)) for name in (base, head)]
         comparing.refuse_same(*sides)
-    known = registry(plugin)
     with store_errors(1):
-        corpus: dict[str, Any] = {}
-        for side in sides:
-            corpus |= aggregates(side.store.path, known)
-        found = comparing.compare(*sides, aggregates=corpus)
+        found = comparing.compare(*sides)
     if format == "table":
         if shown := comparing.rows(found, everything=False):
             show_rows(shown, format)

@@ -82,6 +82,7 @@ Bound = Literal["exact", "about", "up-to", "at-least", "at-most"]
 Confidence = Literal["certain", "uncertain"]
 Measure = Literal[
     "speedup",
+    "decode_speedup",
     "tokens_per_forward",
     "acceptance_rate",
     "work",
@@ -125,8 +126,9 @@ class Check:
 
     Attributes:
         measure: What is compared, method against rival: `speedup` (time of an output token, rival
-            over method), `tokens_per_forward`, `acceptance_rate` (accepted over drafted tokens),
-            `work` (operations of an output token), `memory` (peak bytes), each method over rival;
+            over method), `decode_speedup` (the same of a token after the prefill, without it),
+            `tokens_per_forward`, `acceptance_rate` (accepted over drafted tokens), `work`
+            (operations of an output token), `memory` (peak bytes), each method over rival;
             `quality` (headline metric, method less rival); `note`, a count that methods leave in
             their notes, method over rival; or `computed`, which compares `quantity / per * times`
             with the claim's number and depends on no scale.
@@ -136,6 +138,7 @@ class Check:
         rival: Method compared with; empty for the baseline.
         rival_params: Settings that the rival's cell must have.
         task: Task of the embedded measurement.
+        task_params: Settings that it must have (`temperature = 0.6`); others may have any value.
         model: Embedded model.
         expected: What the claim's number means in terms of `measure`, where it is not that number
             itself (30% faster: 1.3).
@@ -145,6 +148,8 @@ class Check:
         paper_model: `hf:` id to test it with at the paper's scale.
         paper_params: Settings there, in place of `params`, where they differ.
         paper_task: Our task of that measurement, if it is the claim's own; empty if we lack it.
+        paper_task_params: Settings that it must have; `task_params` where none are given and the
+            task is the same.
         paper_hardware: Hardware profiles on which the number itself can be tested; empty for any.
     """
 
@@ -154,6 +159,7 @@ class Check:
     rival: str = ""
     rival_params: Mapping[str, Setting] = field(default_factory=dict)
     task: str
+    task_params: Mapping[str, Setting] = field(default_factory=dict)
     model: str
     expected: float | None = None
     tolerance: float = 0.1
@@ -163,6 +169,7 @@ class Check:
     paper_model: str = ""
     paper_params: Mapping[str, Setting] = field(default_factory=dict)
     paper_task: str = ""
+    paper_task_params: Mapping[str, Setting] = field(default_factory=dict)
     paper_hardware: tuple[str, ...] = ()
 
 

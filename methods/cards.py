@@ -225,7 +225,7 @@ def _check(claim: Claim, check: Check, place: str) -> None:
         raise CardError(
             f"{place}: paper_model must be hf:OWNER/NAME or path:FOLDER, got {check.paper_model!r}."
         )
-    for key in ("paper_task", "paper_params", "paper_hardware"):
+    for key in ("paper_task", "paper_params", "paper_task_params", "paper_hardware"):
         if getattr(check, key) and not check.paper_model:
             raise CardError(f"{place}: {key} without paper_model says nothing.")
 

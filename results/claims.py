@@ -60,6 +60,7 @@ _CHECK_DEFAULTS: Mapping[str, Any] = {
     "params": {},
     "rival": "",
     "rival_params": {},
+    "task_params": {},
     "expected": None,
     "tolerance": 0.1,
     "quantity": "",
@@ -68,12 +69,14 @@ _CHECK_DEFAULTS: Mapping[str, Any] = {
     "paper_model": "",
     "paper_params": {},
     "paper_task": "",
+    "paper_task_params": {},
     "paper_hardware": (),
 }
 # By measure: the columns whose ratio is taken, numerator per denominator; and whether more of that
 # quotient is more of the measure.
 _RATIOS: Mapping[str, tuple[str, str, bool]] = {
     "speedup": ("seconds", "units", False),
+    "decode_speedup": ("decode_seconds", "decode_tokens", False),
     "tokens_per_forward": ("target_forwards", "decode_tokens", False),
     "acceptance_rate": ("drafted_tokens", "accepted_tokens", False),
     "work": ("flops", "units", True),
@@ -81,6 +84,7 @@ _RATIOS: Mapping[str, tuple[str, str, bool]] = {
 }
 _COLUMNS = (
     "seconds",
+    "prefill_seconds",
     "output_tokens",
     "decode_tokens",
     "target_forwards",
@@ -107,6 +111,7 @@ class Cell(NamedTuple):
     margin: float
     quality_margin: float
     speedup_bound: float | None
+    decode_bound: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +169,8 @@ class Measurements:
         """Return the cell that answers a check: the newest of enough items, or the newest.
 
         At the embedded scale task and model must be the check's; at the paper's scale the model
-        must be, and the check's own paper task is preferred over others.
+        must be, and the check's own paper task is preferred over others. Settings of the task are
+        asked for where it is the check's.
         """
         if scale == "paper" and not check["paper_model"]:
             return None
@@ -172,6 +178,7 @@ class Measurements:
         wanted = check["params"]
         if scale == "paper":
             wanted = check["paper_params"] or wanted
+        of_task, task_wanted = task_settings(check, scale)
         found = []
         for row in self._of(method):
             if row["scale"] != scale or not _has(row["params"], wanted):
@@ -182,6 +189,8 @@ class Measurements:
             ):
                 continue
             if scale == "paper" and row["model"] != check["paper_model"]:
+                continue
+            if row["task"] == of_task and not _has(row["task_params"], task_wanted):
                 continue
             if rival:
                 beside = [
@@ -260,8 +269,9 @@ class Measurements:
             return []
         if method not in self._cells:
             cursor = self.connection.execute(
-                "SELECT experiment_id, cell_id, baseline_cell_id, params, task, model, hardware, "
-                "scale, items, margin, quality_margin, speedup_bound, created "
+                "SELECT experiment_id, cell_id, baseline_cell_id, params, task, task_params, "
+                "model, hardware, scale, items, margin, quality_margin, speedup_bound, "
+                "decode_bound, created "
                 "FROM comparison WHERE method = ? AND status = 'ok' AND items > 0 "
                 "ORDER BY created DESC, experiment_id, cell_id",
                 [method],
@@ -270,6 +280,7 @@ class Measurements:
             rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
             for row in rows:
                 row["params"] = json.loads(row["params"])
+                row["task_params"] = json.loads(row["task_params"])
             self._cells[method] = rows
         return self._cells[method]
 
@@ -300,6 +311,7 @@ class Measurements:
                     numbers[name][places[item], repeat] = value
         measured = ~np.isnan(numbers["seconds"])
         numbers["samples"] = np.where(measured, 1.0, np.nan)
+        numbers["decode_seconds"] = numbers["seconds"] - numbers["prefill_seconds"]
         numbers["drafted_tokens"] = numbers["forward_tokens"] - numbers["target_forwards"]
         ((unit,),) = self._rows(
             "SELECT coalesce(facts ->> 'output_unit', 'token') FROM experiments "
@@ -342,8 +354,12 @@ class Measurements:
             if value is None:
                 return None
             return Estimate(value, low, high) if is_better else _negated(Estimate(value, low, high))
-        if kind in ("corpus", "pass@k"):
-            return None  # no paired difference of two methods without the task's own function
+        if kind == "pass@k":
+            return None  # no paired difference of two methods without the problems' groups
+        if kind == "corpus":
+            if (difference := self._corpus_difference(cell, metric)) is None:
+                return None
+            return difference if is_better else _negated(difference)
         own, other = (
             self._scores(cell, cell_id, metric) for cell_id in (cell.cell_id, cell.rival_id)
         )
@@ -358,6 +374,29 @@ class Measurements:
             is_fraction=kind == "binary" or unit == "fraction",
         )
         return difference if is_better else _negated(difference)
+
+    def _corpus_difference(self, cell: Cell, metric: str) -> Estimate | None:
+        """Return the difference of a corpus metric from the rival's, on the same resamples."""
+        ((items,),) = self._rows(
+            "SELECT items FROM experiments WHERE experiment_id = ?", cell.experiment_id
+        )
+        sides = []
+        for cell_id in (cell.cell_id, cell.rival_id):
+            found = self._rows(
+                "SELECT value, resampled FROM corpus WHERE experiment_id = ? AND cell_id = ? "
+                "AND metric = ?",
+                cell.experiment_id,
+                cell_id,
+                metric,
+            )
+            sides += [
+                statistics.corpus_replicates(value, resampled, items) for value, resampled in found
+            ]
+        if len(sides) < 2:
+            return None
+        if self._same_outputs(cell):
+            return Estimate(0.0, 0.0, 0.0)
+        return statistics.corpus_metric(sides[0] - sides[1], items)
 
     def _scores(self, cell: Cell, cell_id: str, metric: str) -> dict[str, float]:
         return dict(
@@ -549,10 +588,13 @@ class _Judge:
         if side > 0:
             return "direction", f"{found}: {_holds(check)}, at the embedded scale.", []
         if side < 0:
-            bound = cell.speedup_bound
+            bound = {
+                "speedup": cell.speedup_bound,
+                "decode_speedup": cell.decode_bound,
+            }.get(check["measure"])
             allowed = (
                 f" The forwards that were counted allow {text.ratio(bound)}x here."
-                if check["measure"] == "speedup" and bound is not None and not check["rival"]
+                if bound is not None and not check["rival"]
                 else ""
             )
             return (
@@ -692,6 +734,22 @@ def _has(params: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
         and isinstance(params[name], bool) == isinstance(value, bool)
         for name, value in wanted.items()
     )
+
+
+def task_settings(
+    check: Mapping[str, Any], scale: Literal["embedded", "paper"]
+) -> tuple[str, Mapping[str, Any]]:
+    """Return the task that a check is measured on, and the settings that it must have.
+
+    The settings of the embedded measurement hold at the paper's scale too if the task is the same.
+    """
+    if scale == "embedded":
+        return check["task"], check["task_params"]
+    task = check["paper_task"] or check["task"]
+    settings = check["paper_task_params"]
+    if not settings and task == check["task"]:
+        settings = check["task_params"]
+    return task, settings
 
 
 def _neutral(check: Mapping[str, Any], cell: Cell) -> float:

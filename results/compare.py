@@ -31,7 +31,7 @@ from results import statistics, text
 from results.records import CellRecord, ExperimentRecord, RunRecord
 from results.statistics import Estimate
 from results.store import Store, StoreError
-from results.summary import Aggregate, paired_totals, summarize
+from results.summary import paired_totals, summarize
 
 Check = Literal[
     "cell",
@@ -52,6 +52,7 @@ Verdict = Literal[
     "CHANGED",  # different, neither better nor worse
     "INCONCLUSIVE",
     "SAME",
+    "NO LOSS",  # of quality: a loss is excluded, a gain is not
     "IMPROVED",
     "NEW",  # the head has the cell, the base does not
 ]
@@ -336,15 +337,12 @@ def refuse_same(base: Side, head: Side) -> None:
         raise StoreError(f"both sides are {base.label}: name two different runs.")
 
 
-def compare(
-    base: Side, head: Side, *, aggregates: Mapping[str, Aggregate] | None = None
-) -> Comparison:
+def compare(base: Side, head: Side) -> Comparison:
     """Compare two runs.
 
     Args:
         base: What was good.
         head: What is to be judged.
-        aggregates: For tasks with corpus metrics, by task name, their `aggregate`.
 
     Raises:
         StoreError: A shard cannot be read, or both sides are the same run.
@@ -361,7 +359,7 @@ def compare(
         if cell.record is None:
             continue  # it was unfinished already
         partner = pairs.get(id(cell))
-        compared = _Pair(cell, partner, head.run, thresholds, aggregates or {})
+        compared = _Pair(cell, partner, head.run, thresholds)
         findings += compared.findings(cell.name(named_before))
     matched = {id(partner) for partner in pairs.values()}
     for cell in after:
@@ -457,7 +455,6 @@ class _Pair:
     head: _Cell | None
     run: RunRecord | None
     thresholds: _Thresholds
-    aggregates: Mapping[str, Aggregate]
 
     def findings(self, method: str) -> list[Finding]:
         """Compare everything that can be."""
@@ -557,7 +554,10 @@ class _Pair:
         yield from self._speed(merged)
 
     def _quality(self, merged: _Merged) -> Iterator[tuple[Any, ...]]:
-        row = next((row for row in merged.metrics(self.aggregates) if row["is_headline"]), None)
+        row = next((row for row in merged.metrics() if row["is_headline"]), None)
+        if row is not None and row["kind"] == "corpus" and merged.corpus is None:
+            detail = f"{row['metric']} is of all items together, and the items are not the same"
+            yield "quality", "INCONCLUSIVE", "", "", detail
         if row is None or row.get("value") is None:
             return
         told: dict[str, Verdict] = {"BETTER": "IMPROVED", "WORSE": "REGRESSED"}
@@ -624,7 +624,9 @@ class _Merged:
     """Samples and scores of both sides on their common items, as if they were one experiment.
 
     Its cells are called `base method`, `base baseline`, `head method` and `head baseline`, so that
-    the numbers between runs are computed by the code that computes those within one.
+    the numbers between runs are computed by the code that computes those within one. `corpus` is
+    None where the two have not measured the same items in the same order: a metric of all items
+    together is none of some of them, and its resamples are drawn by their places.
     """
 
     def __init__(
@@ -633,11 +635,13 @@ class _Merged:
         records: dict[str, CellRecord],
         samples: pa.Table,
         scores: pa.Table,
+        corpus: pa.Table | None,
     ) -> None:
         self.experiment = experiment
         self.records = records
         self.samples = samples
         self.scores = scores
+        self.corpus = corpus
         self.items = len(experiment.items)
 
     def totals(
@@ -649,11 +653,10 @@ class _Merged:
             return {}
         return paired_totals(self.experiment, self.samples, cells)
 
-    def metrics(self, aggregates: Mapping[str, Aggregate]) -> list[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """Return the head's metrics, with their paired differences from the base's."""
         cells = [self.records["base method"], self.records["head method"]]
-        aggregate = aggregates.get(self.experiment.task)
-        summary = summarize(self.experiment, cells, self.samples, self.scores, aggregate)
+        summary = summarize(self.experiment, cells, self.samples, self.scores, self.corpus)
         return [row for row in summary.metrics if row["cell_id"] == "head method"]
 
     def column(self, cell: str, name: str) -> dict[tuple[str, int], Any]:
@@ -667,18 +670,21 @@ def _merge(base: _Cell, head: _Cell) -> _Merged | None:
     """Return both sides on the items that both measured; None if there are none."""
     tables: list[pa.Table] = []
     scores: list[pa.Table] = []
+    corpora: list[pa.Table] = []
     records: dict[str, CellRecord] = {}
     measured: list[set[str]] = []
     for side, cell in (("base", base), ("head", head)):
         experiment_id = cell.experiment.experiment_id
         samples = cell.store.sample_table(experiment_id)
         scored = cell.store.score_table(experiment_id)
+        corpus = cell.store.corpus_table(experiment_id)
         by_id = {record.cell_id: record for record in cell.store.cells(experiment_id)}
         for role, cell_id in (("method", cell.cell_id), ("baseline", cell.experiment.baseline)):
             name = f"{side} {role}"
             own = _renamed(samples, cell_id, name)
             tables.append(own)
             scores.append(_renamed(scored, cell_id, name))
+            corpora.append(_renamed(corpus, cell_id, name))
             if cell_id in by_id:
                 records[name] = replace(by_id[cell_id], cell_id=name)
             if role == "method":
@@ -695,7 +701,14 @@ def _merge(base: _Cell, head: _Cell) -> _Merged | None:
         baseline="base method",
         cells=["base method", "head method"],
     )
-    return _Merged(experiment, records, *(_only(items, each) for each in (tables, scores)))
+    is_whole = items == base.experiment.items == head.experiment.items
+    return _Merged(
+        experiment,
+        records,
+        _only(items, tables),
+        _only(items, scores),
+        pa.concat_tables(corpora) if is_whole else None,
+    )
 
 
 def _renamed(table: pa.Table, cell_id: str, name: str) -> pa.Table:

@@ -27,7 +27,7 @@ from results import claims as claim_verdicts
 from results import rescored, schema
 from results.records import RunRecord
 from results.store import Store, StoreError, publish, temporary_path
-from results.summary import Aggregate, summarize
+from results.summary import summarize
 from results.tables import connect
 from results.text import json_text
 
@@ -37,6 +37,7 @@ _ARROW_TYPES: dict[str, pa.DataType] = {
     "BIGINT": pa.int64(),
     "DOUBLE": pa.float64(),
     "BOOLEAN": pa.bool_(),
+    "DOUBLE[]": pa.list_(pa.float64()),
 }
 # What DuckDB makes of a disk that is full or cannot be written.
 _DISK_ERRORS = (duckdb.IOException, duckdb.TransactionException, duckdb.FatalException)
@@ -47,7 +48,6 @@ def ingest(
     store_path: Path,
     claims: Sequence[Mapping[str, Any]] | None = None,
     *,
-    aggregates: Mapping[str, Aggregate] | None = None,
     wait_seconds: float = 30.0,
 ) -> Path:
     """Bring the index of a store up to date and return its path.
@@ -58,28 +58,26 @@ def ingest(
     Args:
         store_path: The store; one without anything in it gets an empty index.
         claims: Rows for the table `claims`, which they replace; None leaves it alone.
-        aggregates: For tasks with corpus metrics, by task name, their `aggregate`.
         wait_seconds: How long to wait for another writer.
 
     Raises:
         StoreError: Another writer holds the index; or shards or runs are damaged, which are then
             left out, named in the message, and everything else is in the index.
     """
-    return _update(Store(store_path), claims, aggregates or {}, wait_seconds, is_rebuild=False)
+    return _update(Store(store_path), claims, wait_seconds, is_rebuild=False)
 
 
 def rebuild(
     store_path: Path,
     claims: Sequence[Mapping[str, Any]] | None = None,
     *,
-    aggregates: Mapping[str, Aggregate] | None = None,
     wait_seconds: float = 30.0,
 ) -> Path:
     """Make the index anew from the shards and return its path; otherwise like `ingest`.
 
     Without `claims`, the table `claims` is empty: it is not in the shards.
     """
-    return _update(Store(store_path), claims, aggregates or {}, wait_seconds, is_rebuild=True)
+    return _update(Store(store_path), claims, wait_seconds, is_rebuild=True)
 
 
 @contextmanager
@@ -130,7 +128,6 @@ def _holder(lock_path: Path) -> str:
 def _update(
     store: Store,
     claims: Sequence[Mapping[str, Any]] | None,
-    aggregates: Mapping[str, Aggregate],
     wait_seconds: float,
     *,
     is_rebuild: bool,
@@ -144,7 +141,7 @@ def _update(
                 leftover.unlink(missing_ok=True)
             if not is_rebuild and _is_current(index):
                 shutil.copyfile(index, building)
-            problems = fill(building, store, claims, aggregates)
+            problems = fill(building, store, claims)
             publish(building, index)
     except (OSError, *_DISK_ERRORS) as error:
         why = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
@@ -176,12 +173,7 @@ def _is_current(index: Path) -> bool:
     return True
 
 
-def fill(
-    path: Path,
-    store: Store,
-    claims: Sequence[Mapping[str, Any]] | None,
-    aggregates: Mapping[str, Aggregate],
-) -> list[str]:
+def fill(path: Path, store: Store, claims: Sequence[Mapping[str, Any]] | None) -> list[str]:
     """Bring the index file at `path` up to date in place; create it if it is missing.
 
     Returns:
@@ -191,7 +183,7 @@ def fill(
         if not connection.execute("SELECT 1 FROM duckdb_tables()").fetchone():
             for statement in schema.statements():
                 connection.execute(statement)
-        problems = _fill(connection, store, claims, aggregates)
+        problems = _fill(connection, store, claims)
         connection.execute("CHECKPOINT")
     return problems
 
@@ -200,7 +192,6 @@ def _fill(
     connection: duckdb.DuckDBPyConnection,
     store: Store,
     claims: Sequence[Mapping[str, Any]] | None,
-    aggregates: Mapping[str, Aggregate],
 ) -> list[str]:
     problems = []
     known: dict[str, str | None] = dict(
@@ -218,7 +209,7 @@ def _fill(
         if experiment_id in known:
             _forget(connection, experiment_id)
         try:
-            _read_shard(connection, store, experiment_id, content, aggregates, rows)
+            _read_shard(connection, store, experiment_id, content, rows)
         except StoreError as error:
             problems.append(str(error))
     for run in _readable_runs(store, problems):
@@ -242,7 +233,7 @@ def _fill(
         connection.execute(f"DELETE FROM {table}")
     for experiment_id in present:
         try:
-            _read_rescores(store, experiment_id, aggregates, rows)
+            _read_rescores(store, experiment_id, rows)
         except StoreError as error:
             problems.append(str(error))
     for table, table_rows in rows.items():
@@ -262,7 +253,6 @@ def _read_shard(
     store: Store,
     experiment_id: str,
     content_sha256: str,
-    aggregates: Mapping[str, Aggregate],
     rows: dict[str, list[dict[str, Any]]],
 ) -> None:
     """Add an experiment: big tables at once, rows of small ones to `rows`."""
@@ -272,7 +262,8 @@ def _read_shard(
     experiment = store.experiment(experiment_id)
     cells = list(store.cells(experiment_id))
     samples, scores = store.sample_table(experiment_id), store.score_table(experiment_id)
-    summary = summarize(experiment, cells, samples, scores, aggregates.get(experiment.task))
+    corpus = store.corpus_table(experiment_id)
+    summary = summarize(experiment, cells, samples, scores, corpus)
     environment = json_text(experiment.environment)
     environment_id = hashlib.sha256(environment.encode()).hexdigest()[:16]
     if not any(row["environment_id"] == environment_id for row in rows["environments"]):
@@ -290,6 +281,7 @@ def _read_shard(
     rows["cells"] += [_public_row("cells", cell) for cell in cells]
     rows["verdicts"] += summary.verdicts
     rows["metrics"] += summary.metrics
+    rows["corpus"] += [{"experiment_id": experiment_id, **row} for row in corpus.to_pylist()]
     headline = experiment.metrics[0].name if experiment.metrics else ""
     connection.register("incoming_samples", samples.drop_columns(["output_ids"]))
     connection.register("incoming_scores", scores)
@@ -311,7 +303,6 @@ def _read_shard(
 def _read_rescores(
     store: Store,
     experiment_id: str,
-    aggregates: Mapping[str, Aggregate],
     rows: dict[str, list[dict[str, Any]]],
 ) -> None:
     """Add what was scored later, if anything was."""
@@ -319,13 +310,7 @@ def _read_rescores(
     if record is None:
         return
     experiment, cells = store.experiment(experiment_id), list(store.cells(experiment_id))
-    metrics = rescored.metric_rows(
-        record,
-        experiment,
-        cells,
-        store.sample_table(experiment_id),
-        aggregates.get(experiment.task),
-    )
+    metrics = rescored.metric_rows(record, experiment, cells, store.sample_table(experiment_id))
     rows["scorer_metrics"] += list(metrics)
     rows["rescores"] += list(rescored.score_rows(record))
 

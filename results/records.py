@@ -8,6 +8,8 @@ A store is a folder:
                           /samples.parquet      the same, sealed; the journal is then removed
                           /scores.jsonl         one ScoreRecord a line: (cell, item) scores
                           /scores.parquet       the same, sealed
+                          /corpus.jsonl         one CorpusRecord a line: (cell, metric) numbers
+                          /corpus.parquet       the same, sealed; both only where there are any
                           /manifest.json        SHA-256 of every file above; present once sealed
     runs/<run_id>.json                          RunRecord
     tokenmark.duckdb                            an index of all that
@@ -194,6 +196,25 @@ class ScoreRecord:
     value: float | None
     unscored: str = ""
     detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRecord:
+    """A metric of all outputs of a cell together, of which no item has a share of its own.
+
+    Attributes:
+        cell_id: Whose outputs; all items of the experiment are among them.
+        metric: A metric of kind `corpus`.
+        value: The metric; None where it has no number.
+        resampled: The same on items drawn with replacement: row n is that of
+            `results.statistics.corpus_draws` after its first. NaN where a draw has no number; empty
+            where items are too few to be resampled.
+    """
+
+    cell_id: str
+    metric: str
+    value: float | None
+    resampled: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from results.records import CellRecord, ExperimentRecord, ScoreRecord
-from results.store import SCORES, Store, StoreError, arrow_schema, publish, temporary_path
-from results.summary import Aggregate, summarize
+from results.records import CellRecord, CorpusRecord, ExperimentRecord, ScoreRecord
+from results.store import CORPUS, SCORES, Store, StoreError, arrow_schema, publish, temporary_path
+from results.summary import summarize
 
 FOLDER = "rescored"
 
@@ -34,12 +34,14 @@ class RescoreRecord:
         created: ISO time, UTC.
         conditions: What of the machine the scores depend on (`sandbox`: its level).
         scores: By scorer; the task's own comes first.
+        corpus: Metrics of all outputs together, by scorer; none in files from before there were.
     """
 
     experiment_id: str
     created: str
     conditions: dict[str, str]
     scores: dict[str, list[ScoreRecord]]
+    corpus: dict[str, list[CorpusRecord]] = field(default_factory=dict)
 
 
 def write(store: Store, record: RescoreRecord) -> Path:
@@ -80,7 +82,11 @@ def read(store: Store, experiment_id: str) -> RescoreRecord | None:
             scorer: [ScoreRecord(**score) for score in scores]
             for scorer, scores in content.pop("scores").items()
         }
-        record = RescoreRecord(**content, scores=scores)
+        corpus = {
+            scorer: [CorpusRecord(**each) for each in found]
+            for scorer, found in content.pop("corpus", {}).items()
+        }
+        record = RescoreRecord(**content, scores=scores, corpus=corpus)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,15 +113,15 @@ def metric_rows(
     experiment: ExperimentRecord,
     cells: Sequence[CellRecord],
     samples: pa.Table,
-    aggregate: Aggregate | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of the table `scorer_metrics`: each metric of each cell by each scorer."""
     names = ("cell_id", "metric", "value", "low", "high", "scored", "unscored")
     for scorer, scores in record.scores.items():
-        table = pa.Table.from_pylist(
-            [dataclasses.asdict(score) for score in scores], schema=arrow_schema(SCORES)
-        )
-        for row in summarize(experiment, cells, samples, table, aggregate).metrics:
+        tables = [
+            pa.Table.from_pylist([dataclasses.asdict(line) for line in lines], arrow_schema(kind))
+            for kind, lines in ((SCORES, scores), (CORPUS, record.corpus.get(scorer, [])))
+        ]
+        for row in summarize(experiment, cells, samples, *tables).metrics:
             yield {
                 "experiment_id": record.experiment_id,
                 "scorer": scorer,

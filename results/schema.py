@@ -6,7 +6,7 @@ from typing import Final
 
 # Raised whenever tables change or the same samples would give other numbers; older indexes are
 # then rebuilt from the shards.
-INDEX_VERSION: Final = 3
+INDEX_VERSION: Final = 4
 
 TABLES: Final[dict[str, dict[str, str]]] = {
     "index_info": {"version": "BIGINT"},
@@ -106,6 +106,14 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "unscored": "VARCHAR",
         "detail": "VARCHAR",
     },
+    # Metrics of kind `corpus` on all items and on resampled ones, as the task computed them.
+    "corpus": {
+        "experiment_id": "VARCHAR",
+        "cell_id": "VARCHAR",
+        "metric": "VARCHAR",
+        "value": "DOUBLE",
+        "resampled": "DOUBLE[]",
+    },
     # What `score` found: stored outputs judged again, by several scorers.
     "rescores": {
         "experiment_id": "VARCHAR",
@@ -143,7 +151,7 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "value": "DOUBLE",
         "low": "DOUBLE",
         "high": "DOUBLE",
-        "scored": "BIGINT",  # items with a score
+        "scored": "BIGINT",  # items with a score; those that a corpus metric is made of
         "unscored": "BIGINT",
         "baseline_value": "DOUBLE",
         "difference": "DOUBLE",
@@ -185,6 +193,17 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "work_ratio": "DOUBLE",
         "memory_ratio": "DOUBLE",
         "smallest_speed_difference": "DOUBLE",
+        # Prefill and decoding apart; NULL where a sample does not say when its prefill ended.
+        "prefill_ratio": "DOUBLE",  # seconds of the prefill, method over baseline
+        "prefill_ratio_low": "DOUBLE",
+        "prefill_ratio_high": "DOUBLE",
+        "decode_speedup": "DOUBLE",  # of the seconds of a token after the prefill
+        "decode_speedup_low": "DOUBLE",
+        "decode_speedup_high": "DOUBLE",
+        "decode_speedup_low_99": "DOUBLE",
+        "decode_speedup_high_99": "DOUBLE",
+        "decode_verdict": "VARCHAR",
+        "decode_bound": "DOUBLE",  # bound_seconds of such a token, baseline over method
     },
     # As they stand on the papers' cards; `extra` keeps what has no column of its own.
     "claims": {
@@ -251,7 +270,12 @@ SELECT
     e.margin, e.quality_margin, e.task_params, e.model_params, e.task_version,
     e.environment_id, e.created, e.manifest_sha256 IS NOT NULL AS is_sealed,
     c.audit ->> 'result' AS audit, c.spec,
-    s.scorers, s.quality_spread, d.disputed_items
+    s.scorers, s.quality_spread, d.disputed_items,
+    v.prefill_ratio, v.decode_speedup, v.decode_speedup_low, v.decode_speedup_high,
+    v.decode_verdict, v.decode_bound,
+    v.prefill_ratio_low, v.prefill_ratio_high, v.decode_speedup_low_99, v.decode_speedup_high_99,
+    coalesce(e.facts ->> 'speed_of', 'call') AS speed_of,
+    coalesce(e.facts ->> 'bound_by', 'step-cost') AS bound_by
 FROM cells c
 JOIN experiments e USING (experiment_id)
 LEFT JOIN verdicts v USING (experiment_id, cell_id)

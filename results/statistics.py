@@ -37,7 +37,7 @@ Everything is deterministic: resamples depend on the number of items alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -48,13 +48,13 @@ from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 Floats = NDArray[np.float64]
 SpeedVerdict = Literal["FASTER", "SAME", "SLOWER", "INCONCLUSIVE"]
-QualityVerdict = Literal["BETTER", "SAME", "WORSE", "INCONCLUSIVE"]
+QualityVerdict = Literal["BETTER", "SAME", "NO LOSS", "WORSE", "INCONCLUSIVE"]
 
 CONFIDENCE = 0.95
 CONFIDENCE_OF_DIFFERENCES = 0.99
 POWER = 0.80
 RESAMPLES = 4_999
-CORPUS_RESAMPLES = 999  # each one calls the task's own metric
+CORPUS_RESAMPLES = 999  # each one is computed by the task, and stored
 # With fewer items, too many resamples are one item repeated, which has no standard error. With more
 # than the second number, the bootstrap's quantile and Student's are the same to a percent or two.
 FEWEST_ITEMS_TO_RESAMPLE = 4
@@ -314,32 +314,57 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def corpus_metric(aggregate: Callable[[NDArray[np.int64]], float], items: int) -> Estimate:
+def corpus_draws(items: int) -> NDArray[np.int64]:
+    """Return the items that each resample of a corpus metric draws, (1 + resamples, items).
+
+    Row 0 is every item once; `CORPUS_RESAMPLES` draws with replacement follow, or none where items
+    are too few. They depend on the number of items alone, so that all cells of an experiment, and
+    experiments of the same items, share them.
+
+    Raises:
+        ValueError: There are no items.
+    """
+    if items < 1:
+        raise ValueError(f"a corpus needs at least one item, got {items}.")
+    everything = np.arange(items, dtype=np.int64)[None]
+    if items < FEWEST_ITEMS_TO_RESAMPLE:
+        return everything
+    generator = np.random.default_rng([20_250_102, items])
+    drawn = generator.integers(items, size=(CORPUS_RESAMPLES, items))
+    return np.concatenate([everything, drawn])
+
+
+def corpus_replicates(value: float | None, resampled: Sequence[float], items: int) -> Floats:
+    """Return a stored corpus metric as one array, the metric first and NaN where it is None.
+
+    Raises:
+        ValueError: There are not as many numbers as `corpus_draws` makes of so many items.
+    """
+    expected = CORPUS_RESAMPLES if items >= FEWEST_ITEMS_TO_RESAMPLE else 0
+    if len(resampled) != expected:
+        raise ValueError(f"{items} items are resampled {expected} times, got {len(resampled)}.")
+    return np.array([math.nan if value is None else value, *resampled])
+
+
+def corpus_metric(replicates: Floats, items: int) -> Estimate:
     """Return a metric of the whole corpus, with an expanded percentile interval.
 
     Such a metric has no standard error of its own to studentise with, so the percentiles are moved
-    outwards to make up for small samples (Hesterberg, The American Statistician 69, 2015).
+    outwards to make up for small samples (Hesterberg, The American Statistician 69, 2015). A paired
+    difference is the same of the difference of both sides' replicates, row by row.
+
+    A draw without a number could have had any: it counts as the smallest for lower ends and as the
+    largest for upper ones, so a metric that is often undefined has no interval rather than one that
+    leaves its bad cases out.
 
     Args:
-        aggregate: Computes the metric over the items with these indices, which may repeat.
+        replicates: The metric on each row of `corpus_draws`, (rows,); NaN where it has no number.
         items: Number of items.
     """
-    everything = np.arange(items, dtype=np.int64)
-    value = aggregate(everything)
-    if items < FEWEST_ITEMS_TO_RESAMPLE:
+    value = float(replicates[0])
+    if len(replicates) == 1 or not math.isfinite(value):
         return Estimate(value)
-    generator = np.random.default_rng([20_250_102, items])
-    resampled = [aggregate(generator.integers(items, size=items)) for _ in range(CORPUS_RESAMPLES)]
-    return _expanded_percentiles(value, np.array(resampled), items)
-
-
-def corpus_difference(
-    baseline: Callable[[NDArray[np.int64]], float],
-    method: Callable[[NDArray[np.int64]], float],
-    items: int,
-) -> Estimate:
-    """Return the paired difference of a corpus metric: both sides see the same resamples."""
-    return corpus_metric(lambda draw: method(draw) - baseline(draw), items)
+    return _expanded_percentiles(value, replicates[1:], items)
 
 
 def speed_verdict(estimate: Estimate, margin: float) -> SpeedVerdict:
@@ -366,9 +391,15 @@ def quality_verdict(
 ) -> QualityVerdict:
     """Settle a difference in quality, method minus baseline, against the margin.
 
-    With the sign turned so that more is better: BETTER: the 99% interval lies above +margin. WORSE:
-    it lies below -margin. SAME ("no loss", non-inferior): the 95% interval lies above -margin.
-    INCONCLUSIVE: none of these, or there is no interval.
+    With the sign turned so that more is better, the first that holds of: BETTER: the 99% interval
+    lies above +margin. WORSE: it lies below -margin. SAME (equivalent): the 95% interval lies
+    between -margin and +margin. NO LOSS (non-inferior): it lies above -margin, so a loss is
+    excluded and a gain is not. INCONCLUSIVE: none of these, or there is no interval.
+
+    Calling a difference takes the 99% interval, since a table holds dozens of them. SAME and NO
+    LOSS are tests of a shift by the margin instead; at either end of the 95% interval such a test
+    is one-sided at 2.5%, which is the usual level of a non-inferiority test and half of the usual
+    one for equivalence (which takes the 90% interval).
     """
     ends = (difference.low, difference.high, difference.wide_low, difference.wide_high)
     low, high, wide_low, wide_high = (math.nan if end is None else end for end in ends)
@@ -378,7 +409,9 @@ def quality_verdict(
         return "BETTER"
     if wide_high < -margin:
         return "WORSE"
-    return "SAME" if low > -margin or low == high == 0 else "INCONCLUSIVE"
+    if -margin < low <= high < margin or low == high == 0:
+        return "SAME"
+    return "NO LOSS" if low > -margin else "INCONCLUSIVE"
 
 
 def smallest_speed_difference(estimate: Estimate, margin: float, items: int) -> float | None:
@@ -488,11 +521,19 @@ def _resample_counts(items: int) -> Floats:
 def _expanded_percentiles(value: float, resampled: Floats, items: int) -> Estimate:
     if (resampled == resampled[0]).all():
         return Estimate(value)
-    tails = ndtr(-math.sqrt(items / (items - 1)) * _student_quantiles(items))
-    low, high, wide_low, wide_high = (
-        float(end) for tail in tails for end in np.quantile(resampled, [tail, 1 - tail])
-    )
-    return Estimate(value, low, high, (high - low) / (2 * _NORMAL_QUANTILE), wide_low, wide_high)
+    usable = np.isfinite(resampled)
+    lowest, highest = np.where(usable, resampled, -np.inf), np.where(usable, resampled, np.inf)
+    ends: list[tuple[float, float] | tuple[None, None]] = []
+    for tail in ndtr(-math.sqrt(items / (items - 1)) * _student_quantiles(items)):
+        # Not interpolated where a neighbour is infinite: that would be no number.
+        with np.errstate(invalid="ignore"):
+            low, high = float(np.quantile(lowest, tail)), float(np.quantile(highest, 1 - tail))
+        ends.append((low, high) if math.isfinite(low) and math.isfinite(high) else (None, None))
+    (low_end, high_end), wide = ends
+    if low_end is None or high_end is None:
+        return Estimate(value)
+    error = (high_end - low_end) / (2 * _NORMAL_QUANTILE)
+    return Estimate(value, low_end, high_end, error, *wide)
 
 
 def pass_rates(scores: Sequence[float | None], groups: Sequence[str], k: int) -> dict[str, float]:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from results.records import (
     SCHEMA_VERSION,
     CellRecord,
+    CorpusRecord,
     ExperimentRecord,
     MetricRecord,
     RunRecord,
@@ -38,26 +39,32 @@ from results.records import (
 )
 
 Record = TypeVar("Record", ExperimentRecord, CellRecord, RunRecord)
-Line = TypeVar("Line", SampleRecord, ScoreRecord)
 
 SAMPLES = "samples"
 SCORES = "scores"
+CORPUS = "corpus"
+KINDS = (SAMPLES, SCORES, CORPUS)
+# Shards without any such line have no such file, as those from before there were any.
+_OPTIONAL = (CORPUS,)
 MANIFEST = "manifest.json"
 
 # What makes two lines the same measurement; the first one counts.
 _KEYS: dict[str, tuple[str, ...]] = {
     SAMPLES: ("cell_id", "item_id", "repeat"),
     SCORES: ("cell_id", "item_id", "metric"),
+    CORPUS: ("cell_id", "metric"),
 }
 _LINE_CLASSES: dict[str, type] = {
     SAMPLES: SampleRecord,
     SCORES: ScoreRecord,
+    CORPUS: CorpusRecord,
 }
-_ARROW_TYPES: dict[type, pa.DataType] = {
+_ARROW_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
     int: pa.int64(),
     float: pa.float64(),
-    list: pa.list_(pa.int64()),
+    list[int]: pa.list_(pa.int64()),
+    list[float]: pa.list_(pa.float64()),
 }
 _LINE_HEAD = b'{"crc32":"%08x","record":'
 _HEAD_BYTES = len(_LINE_HEAD % 0)
@@ -115,7 +122,7 @@ class Journal:
         if is_new:
             _sync_folder(path.parent)
 
-    def append(self, record: SampleRecord | ScoreRecord) -> None:
+    def append(self, record: SampleRecord | ScoreRecord | CorpusRecord) -> None:
         """Write one record and wait until it is on the disk.
 
         Raises:
@@ -223,6 +230,10 @@ class Store:
         """Open the journal of scores for appending."""
         return self._journal(experiment_id, SCORES)
 
+    def corpus_journal(self, experiment_id: str) -> Journal:
+        """Open the journal of numbers of whole cells for appending."""
+        return self._journal(experiment_id, CORPUS)
+
     def seal(self, experiment_id: str) -> SealReport:
         """Turn the journals into Parquet, write the manifest, remove the journals.
 
@@ -235,10 +246,11 @@ class Store:
         self.experiment(experiment_id)  # raises for a shard that was never begun
         if not self.is_sealed(experiment_id):
             duplicates: list[tuple[Any, ...]] = []
-            for kind in (SAMPLES, SCORES):
+            for kind in KINDS:
                 content = read_journal(shard / f"{kind}.jsonl", kind)
                 duplicates += [(kind, *key) for key in content.duplicates]
-                _write_parquet(shard / f"{kind}.parquet", _to_table(content.rows, kind))
+                if content.rows or kind not in _OPTIONAL:
+                    _write_parquet(shard / f"{kind}.parquet", _to_table(content.rows, kind))
             files = {name: _fingerprint(shard / name) for name in shard_files(shard)}
             _write_json(
                 shard / MANIFEST,
@@ -341,6 +353,11 @@ class Store:
         for row in self.score_table(experiment_id).to_pylist():
             yield ScoreRecord(**row)
 
+    def corpus(self, experiment_id: str) -> Iterator[CorpusRecord]:
+        """Yield the numbers of whole cells, sealed or not, each (cell, metric) once."""
+        for row in self.corpus_table(experiment_id).to_pylist():
+            yield CorpusRecord(**row)
+
     def sample_table(self, experiment_id: str) -> pa.Table:
         """Return the samples as an Arrow table with the fields of `SampleRecord` as columns."""
         return self._table(experiment_id, SAMPLES)
@@ -348,6 +365,10 @@ class Store:
     def score_table(self, experiment_id: str) -> pa.Table:
         """Return the scores as an Arrow table with the fields of `ScoreRecord` as columns."""
         return self._table(experiment_id, SCORES)
+
+    def corpus_table(self, experiment_id: str) -> pa.Table:
+        """Return numbers of whole cells as an Arrow table with the fields of `CorpusRecord`."""
+        return self._table(experiment_id, CORPUS)
 
     def run_ids(self) -> list[str]:
         """Return the ids of all runs, sorted."""
@@ -394,7 +415,7 @@ class Store:
         shard = self.shard(experiment_id)
         if self.is_sealed(experiment_id):
             return str(_fingerprint(shard / MANIFEST)["sha256"])
-        names = ["experiment.json", f"{SAMPLES}.jsonl", f"{SCORES}.jsonl"]
+        names = ["experiment.json", *(f"{kind}.jsonl" for kind in KINDS)]
         names += [f"cells/{path.name}" for path in sorted((shard / "cells").glob("[!.]*.json"))]
         digest = hashlib.sha256()
         for name in names:
@@ -430,6 +451,8 @@ class Store:
             if rows or not self.is_sealed(experiment_id):
                 return _to_table(rows, kind)
         path = shard / f"{kind}.parquet"
+        if kind in _OPTIONAL and path.name not in self.manifest(experiment_id)["files"]:
+            return _to_table([], kind)
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
@@ -469,7 +492,7 @@ def shard_files(shard: Path) -> list[str]:
 
 
 def arrow_schema(kind: str) -> pa.Schema:
-    """Return the columns of `samples` or `scores` as they stand in Parquet."""
+    """Return the columns of one of `KINDS` as they stand in Parquet."""
     return pa.schema(
         [
             pa.field(name, _ARROW_TYPES[base], nullable=nullable)
@@ -536,15 +559,17 @@ def _decode_line(line: bytes) -> dict[str, Any] | None:
 
 
 @cache
-def _field_types(record_class: Hashable) -> dict[str, tuple[type, bool]]:
-    """Return the type of each field and whether it may be None."""
+def _field_types(record_class: Hashable) -> dict[str, tuple[Any, bool]]:
+    """Return the type of each field, with that of a list's elements, and whether it may be None."""
     kinds = {}
     for name, hint in typing.get_type_hints(record_class).items():
         is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
         options = typing.get_args(hint) if is_union else (hint,)
         base = next(option for option in options if option is not type(None))
-        origin = typing.get_origin(base) or base
-        kinds[name] = (str if origin is typing.Literal else origin, len(options) > 1)
+        kinds[name] = (
+            str if typing.get_origin(base) is typing.Literal else base,
+            len(options) > 1,
+        )
     return kinds
 
 
@@ -552,8 +577,8 @@ def _check_types(record: object, record_class: type) -> None:
     """Raise TypeError for a field of another type than declared, which Parquet would not take."""
     if not isinstance(record, record_class):
         raise TypeError(f"expected a {record_class.__name__}, got {type(record).__name__}.")
-    for name, (base, nullable) in _field_types(record_class).items():
-        value = getattr(record, name)
+    for name, (hint, nullable) in _field_types(record_class).items():
+        value, base = getattr(record, name), typing.get_origin(hint) or hint
         is_right = isinstance(value, (int, float) if base is float else base)
         if not (is_right and not isinstance(value, bool)) and not (nullable and value is None):
             raise TypeError(
@@ -661,7 +686,7 @@ def _checked_name(name: str) -> str:
 
 def _leftovers(shard: Path) -> list[Path]:
     """Return what an interrupted write or sealing left: temporary files, and the journals."""
-    journals = [shard / f"{kind}.jsonl" for kind in (SAMPLES, SCORES)]
+    journals = [shard / f"{kind}.jsonl" for kind in KINDS]
     temporary = [path for path in shard.rglob(".*.tmp") if path.is_file()]
     return [path for path in journals if path.exists()] + temporary
 

@@ -7,7 +7,7 @@ a number of a table comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +19,6 @@ from results import statistics
 from results.records import CellRecord, ExperimentRecord, MetricRecord
 from results.statistics import Estimate, Floats, ItemTotals
 from results.store import StoreError
-
-# A task's own computation of its corpus metrics: scores by item and metric to numbers by metric.
-Aggregate = Callable[[Mapping[str, Mapping[str, float]]], Mapping[str, float]]
 
 _NUMBERS = (
     "seconds",
@@ -55,12 +52,15 @@ class _Cell:
         digests: Output digests, the same shape, "" where absent.
         scores: For each metric one value an item, NaN without a score.
         unscored: For each metric, how many items were tried and could not be scored.
+        corpus: For metrics of kind `corpus` the numbers on each row of `statistics.corpus_draws`,
+            the metric itself first, NaN where a row has none.
     """
 
     numbers: dict[str, Floats]
     digests: NDArray[np.object_]
     scores: dict[str, Floats]
     unscored: dict[str, int]
+    corpus: dict[str, Floats]
 
     def total(self, column: str) -> float | None:
         """Return the sum over all samples, None if one of them lacks the value."""
@@ -83,7 +83,7 @@ def summarize(
     cells: Sequence[CellRecord],
     samples: pa.Table,
     scores: pa.Table,
-    aggregate: Aggregate | None = None,
+    corpus: pa.Table | None = None,
 ) -> Summary:
     """Compute every published number of an experiment.
 
@@ -95,13 +95,14 @@ def summarize(
         cells: The cells that have ended.
         samples: As `Store.sample_table` returns them.
         scores: As `Store.score_table` returns them.
-        aggregate: The task's `aggregate`; without it, corpus metrics are None.
+        corpus: As `Store.corpus_table` returns them; without it, corpus metrics are None.
 
     Raises:
-        StoreError: A sample names an item or a repeat that the experiment does not have.
+        StoreError: A sample names an item or a repeat that the experiment does not have, or a
+            corpus metric was resampled otherwise than by `statistics.corpus_draws`.
     """
     ended_well = {cell.cell_id for cell in cells if cell.status == "ok"}
-    data = _by_cell(experiment, ended_well, samples, scores)
+    data = _by_cell(experiment, ended_well, samples, scores, corpus)
     baseline = data.get(experiment.baseline)
     verdicts, metrics = [], []
     for cell in cells:
@@ -115,7 +116,7 @@ def summarize(
                 row |= _compared_numbers(experiment, found, baseline, is_baseline=is_baseline)
         verdicts.append(row)
         for place, metric in enumerate(experiment.metrics):
-            quality = _Quality(experiment, metric, aggregate, is_headline=place == 0)
+            quality = _Quality(experiment, metric, is_headline=place == 0)
             reference = None if is_baseline else baseline
             metrics.append(identity | quality.row(found, reference))
     return Summary(verdicts, metrics)
@@ -147,7 +148,11 @@ def paired_totals(
 
 
 def _by_cell(
-    experiment: ExperimentRecord, wanted: set[str], samples: pa.Table, scores: pa.Table
+    experiment: ExperimentRecord,
+    wanted: set[str],
+    samples: pa.Table,
+    scores: pa.Table,
+    corpus: pa.Table | None = None,
 ) -> dict[str, _Cell]:
     """Lay samples and scores of the wanted cells out by item; cells without samples drop out."""
     places = {item: place for place, item in enumerate(experiment.items)}
@@ -192,6 +197,7 @@ def _by_cell(
             digests=texts,
             scores={name: np.full(shape[0], np.nan) for name in names},
             unscored=dict.fromkeys(names, 0),
+            corpus={},
         )
     for cell_id, item_place, metric_name, value in zip(
         scores["cell_id"].to_pylist(),
@@ -207,6 +213,18 @@ def _by_cell(
                 cell.unscored[metric_name] += 1
             else:
                 cell.scores[metric_name][item_place] = value
+    for row in [] if corpus is None else corpus.to_pylist():
+        if (cell := found.get(row["cell_id"])) is not None:
+            try:
+                cell.corpus[row["metric"]] = statistics.corpus_replicates(
+                    row["value"], row["resampled"], shape[0]
+                )
+            except ValueError as error:
+                raise StoreError(
+                    f"experiment {experiment.experiment_id!r}: {row['metric']} of cell "
+                    f"{row['cell_id']!r} does not fit its items: {error} Discard its shard and "
+                    "measure again."
+                ) from None
     return found
 
 
@@ -248,7 +266,7 @@ def _compared_numbers(
     totals = _totals(cell, paired, "seconds", per_sample)
     baseline_totals = _totals(baseline, paired, "seconds", per_sample)
     estimate = statistics.speed_up(baseline_totals, totals)
-    bound = _speed_bound(cell, baseline, paired, per_sample)
+    bound = _speed_bound(experiment, cell, baseline, paired, per_sample)
     device = None
     if cell.total("device_seconds") is not None and baseline.total("device_seconds") is not None:
         device = statistics.speed_up(
@@ -265,6 +283,7 @@ def _compared_numbers(
         "step_cost_ratio": _ratio(_seconds_per_forward(cell), _seconds_per_forward(baseline)),
         "work_ratio": _ratio(_per_token(cell, "flops"), _per_token(baseline, "flops")),
         "memory_ratio": _ratio(_peak(cell), _peak(baseline)),
+        **_phases(experiment, cell, baseline, paired, is_baseline=is_baseline),
     }
     if not is_baseline:
         row |= {
@@ -287,21 +306,86 @@ def _totals(cell: _Cell, paired: NDArray[np.bool_], clock: str, per_sample: bool
     return statistics.combine_repeats(cell.numbers[clock][paired], units[paired])
 
 
+def _phases(
+    experiment: ExperimentRecord,
+    cell: _Cell,
+    baseline: _Cell,
+    paired: NDArray[np.bool_],
+    *,
+    is_baseline: bool,
+) -> dict[str, Any]:
+    """Return the ratios of prefill and of decoding apart; the baseline's own are 1, no verdict.
+
+    Empty where a sample does not say when its prefill ended; a text without tokens after the
+    prefill has no decoding.
+    """
+    prefills, decodes = [], []
+    for side in (baseline, cell):
+        prefill = side.numbers["prefill_seconds"][paired]
+        if np.isnan(prefill[side.measured[paired]]).any():
+            return {}
+        texts = np.where(side.measured[paired], 1.0, np.nan)
+        prefills.append(statistics.combine_repeats(prefill, texts))
+        decodes.append(
+            statistics.combine_repeats(
+                side.numbers["seconds"][paired] - prefill, side.numbers["decode_tokens"][paired]
+            )
+        )
+    # `speed_up` takes what stands above the line first.
+    ratio = statistics.speed_up(prefills[1], prefills[0])
+    decode = statistics.speed_up(decodes[0], decodes[1])
+    bounds = [
+        _ratio(
+            float(side.numbers["bound_seconds"][paired, 0].sum()),
+            float(side.numbers["decode_tokens"][paired, 0].sum()),
+        )
+        for side in (baseline, cell)
+    ]
+    row: dict[str, Any] = {
+        "prefill_ratio": _number(ratio.value),
+        "decode_speedup": _number(decode.value),
+        "decode_bound": _ratio(bounds[0], bounds[1]),
+    }
+    if is_baseline:
+        return row
+    row |= {"prefill_ratio_low": ratio.low, "prefill_ratio_high": ratio.high}
+    if row["decode_speedup"] is not None:
+        row |= {
+            "decode_speedup_low": decode.low,
+            "decode_speedup_high": decode.high,
+            "decode_speedup_low_99": decode.wide_low,
+            "decode_speedup_high_99": decode.wide_high,
+            "decode_verdict": statistics.speed_verdict(decode, experiment.margin),
+        }
+    return row
+
+
 def _speed_bound(
-    cell: _Cell, baseline: _Cell, paired: NDArray[np.bool_], per_sample: bool
+    experiment: ExperimentRecord,
+    cell: _Cell,
+    baseline: _Cell,
+    paired: NDArray[np.bool_],
+    per_sample: bool,
 ) -> float | None:
     """Return the largest speed-up that the counted forwards allow at their measured cost.
 
     Each side pays the baseline's prefill and its own forwards at lat(width, context), in the first
-    repeat of every item, and nothing else.
+    repeat of every item, and nothing else. Where forwards are charged by their bytes, a byte takes
+    what it took the baseline: beside a measured prefill, bytes at the full bandwidth would weigh
+    too little, and the ratio would bound nothing.
     """
     prefill = baseline.numbers["prefill_seconds"][paired]
     if np.isnan(prefill).all(axis=1).any():
         return None
     shared = np.nanmedian(prefill, axis=1)
+    pace = 1.0
+    if experiment.facts.get("bound_by") == "bytes":
+        decode = np.nanmedian(baseline.numbers["seconds"][paired], axis=1) - shared
+        reading = baseline.numbers["bound_seconds"][paired, 0].sum()
+        pace = float(decode.sum() / reading) if reading else math.nan
     rates = []
     for side in (baseline, cell):
-        cost = shared + side.numbers["bound_seconds"][paired, 0]
+        cost = shared + pace * side.numbers["bound_seconds"][paired, 0]
         units = np.ones(len(cost)) if per_sample else side.numbers["output_tokens"][paired, 0]
         if np.isnan(cost).any() or np.isnan(units).any() or not units.sum():
             return None
@@ -316,13 +400,11 @@ class _Quality:
         self,
         experiment: ExperimentRecord,
         metric: MetricRecord,
-        aggregate: Aggregate | None,
         *,
         is_headline: bool,
     ) -> None:
         self.experiment = experiment
         self.metric = metric
-        self.aggregate = aggregate
         self.is_headline = is_headline
         self.is_fraction = metric.kind in ("binary", "pass@k") or metric.unit == "fraction"
 
@@ -339,6 +421,8 @@ class _Quality:
         if cell is None:
             return row
         row["scored"] = int((~np.isnan(cell.scores[name])).sum())
+        if self.metric.kind == "corpus":
+            row["scored"] = len(self.experiment.items) if name in cell.corpus else 0
         row["unscored"] = cell.unscored[name]
         own = self._value(cell)
         if own is not None:
@@ -368,18 +452,24 @@ class _Quality:
             verdict = statistics.quality_verdict(
                 difference, margin, higher_is_better=self.metric.higher_is_better
             )
-            lost = np.isnan(cell.scores[name]) & ~np.isnan(baseline.scores[name])
-            # Items that only the method left without a score are missing from the pairs.
-            if lost.any() and verdict in ("BETTER", "SAME"):
+            if self._lost_answers(cell, baseline) and verdict in ("BETTER", "SAME", "NO LOSS"):
                 verdict = "INCONCLUSIVE"
             row["verdict"] = verdict
         return row
 
+    def _lost_answers(self, cell: _Cell, baseline: _Cell) -> bool:
+        """Return whether items that the baseline answered are without a score here.
+
+        They are missing from the pairs, or, in a corpus metric, count as the task thinks best.
+        """
+        name = self.metric.name
+        if self.metric.kind == "corpus":
+            return cell.unscored[name] > baseline.unscored[name]
+        return bool((np.isnan(cell.scores[name]) & ~np.isnan(baseline.scores[name])).any())
+
     def _value(self, cell: _Cell) -> Estimate | None:
         if self.metric.kind == "corpus":
-            evaluate = self._corpus(cell)
-            items = int((~np.isnan(cell.scores[self.metric.name])).sum())
-            return None if evaluate is None else statistics.corpus_metric(evaluate, items)
+            return self._corpus(cell.corpus.get(self.metric.name))
         values = np.array(list(self._units(cell).values()))
         if not values.size:
             return None
@@ -387,12 +477,10 @@ class _Quality:
 
     def _difference(self, cell: _Cell, baseline: _Cell) -> Estimate | None:
         if self.metric.kind == "corpus":
-            name = self.metric.name
-            paired = ~np.isnan(cell.scores[name]) & ~np.isnan(baseline.scores[name])
-            sides = [self._corpus(side, paired) for side in (baseline, cell)]
+            sides = [side.corpus.get(self.metric.name) for side in (baseline, cell)]
             if sides[0] is None or sides[1] is None:
                 return None
-            return statistics.corpus_difference(sides[0], sides[1], int(paired.sum()))
+            return self._corpus(sides[1] - sides[0])
         own, reference = self._units(cell), self._units(baseline)
         shared = [unit for unit in own if unit in reference]
         if not shared:
@@ -415,25 +503,11 @@ class _Quality:
             if not math.isnan(score)
         }
 
-    def _corpus(
-        self, cell: _Cell, chosen: NDArray[np.bool_] | None = None
-    ) -> Callable[[NDArray[np.int64]], float] | None:
-        """Return the metric as a function of drawn items; None without scores or `aggregate`."""
-        name, aggregate = self.metric.name, self.aggregate
-        if chosen is None:
-            chosen = ~np.isnan(cell.scores[name])
-        if aggregate is None or not chosen.any():
+    def _corpus(self, replicates: Floats | None) -> Estimate | None:
+        """Return the estimate of a corpus metric or of a difference; None where there is none."""
+        if replicates is None or not math.isfinite(replicates[0]):
             return None
-        rows = [
-            {metric: float(values[place]) for metric, values in cell.scores.items()}
-            for place in np.flatnonzero(chosen)
-        ]
-
-        def evaluate(drawn: NDArray[np.int64]) -> float:
-            # An item drawn twice is two items.
-            return float(aggregate({str(n): rows[i] for n, i in enumerate(drawn)})[name])
-
-        return evaluate
+        return statistics.corpus_metric(replicates, len(self.experiment.items))
 
     def _mcnemar(self, cell: _Cell, baseline: _Cell) -> float | None:
         if self.metric.kind != "binary":

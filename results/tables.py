@@ -283,6 +283,13 @@ def _table(group: list[Row]) -> Table:
     columns: dict[str, Callable[[Row], str]] = {
         "speed-up": _speed_up,
         "bound": lambda row: text.ratio(row["speedup_bound"]),
+    }
+    if any(row["speed_of"] == "decode" for row in rows):
+        columns |= {
+            "decode speed-up": _decode_speed_up,
+            "decode bound": lambda row: text.ratio(row["decode_bound"]),
+        }
+    columns |= {
         "tokens/forward": lambda row: text.ratio(row["tokens_per_forward"]),
         "tokens/s": lambda row: text.number(row["tokens_per_second"]),
         "s/item": lambda row: text.number(row["seconds_per_item"]),
@@ -341,6 +348,12 @@ def _speed_up(row: Row) -> str:
     return f"{value} {row['speed_verdict'] or ''}".strip()
 
 
+def _decode_speed_up(row: Row) -> str:
+    names = ("decode_speedup", "decode_speedup_low", "decode_speedup_high")
+    value = text.interval(*(text.ratio(row[name]) for name in names))
+    return f"{value} {row['decode_verdict'] or ''}".strip()
+
+
 def _quality(row: Row) -> str:
     return text.interval(
         *(_score(row, name) for name in ("quality", "quality_low", "quality_high"))
@@ -377,6 +390,20 @@ def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
         "speed-up that the method's own counts allow here.",
         f"Machine: {_machine(first)}.",
     ]
+    if any(row["quality_verdict"] == "NO LOSS" for row in rows):
+        notes.append(
+            "SAME: the difference lies within the margin of quality; NO LOSS: a loss beyond it is "
+            "excluded, a gain is not."
+        )
+    if any(row["speed_of"] == "decode" for row in rows):
+        notes.append(
+            "Decode: seconds of a token after the prefill; its bound: "
+            + (
+                "bytes of weights, keys and values that its forwards read."
+                if any(row["bound_by"] == "bytes" for row in rows)
+                else "its forwards at their measured cost."
+            )
+        )
     for name in ("task", "model"):
         settings = json.loads(first[f"{name}_params"])
         if settings:
@@ -395,6 +422,11 @@ def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
         bound, low = row["speedup_bound"], row["speedup_low"]
         if bound is not None and low is not None and low > bound:
             notes.append(f"{label}: the measured speed-up lies above its bound; do not trust it.")
+        bound, low = row["decode_bound"], row["decode_speedup_low"]
+        if row["speed_of"] == "decode" and bound is not None and low is not None and low > bound:
+            notes.append(
+                f"{label}: the measured speed-up of decoding lies above its bound; do not trust it."
+            )
     return notes
 
 
@@ -494,6 +526,11 @@ _CSV_NUMBERS: Mapping[str, Callable[[Row, str], str]] = {
             "tokens_per_forward",
             "work_ratio",
             "memory_ratio",
+            "prefill_ratio",
+            "decode_speedup",
+            "decode_speedup_low",
+            "decode_speedup_high",
+            "decode_bound",
         ),
         lambda row, name: text.ratio(row[name]),
     ),
@@ -523,6 +560,8 @@ _CSV_COLUMNS = (
     *("speedup_geomean", "bound_ratio", "seconds_per_item", "tokens_per_second"),
     *("tokens_per_forward", "work_ratio", "memory_ratio", "output_check", "items", "repeats"),
     *("audit", "scorers", "quality_spread", "disputed_items"),
+    *("prefill_ratio", "decode_speedup", "decode_speedup_low", "decode_speedup_high"),
+    *("decode_verdict", "decode_bound"),
 )
 
 

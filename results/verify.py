@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +12,6 @@ import duckdb
 from results.claims import read_claims
 from results.ingest import fill
 from results.store import Store
-from results.summary import Aggregate
 from results.tables import connect
 
 # Sums may be added up in another order by another version of a library.
@@ -29,6 +27,7 @@ _KEYS = {
     "cells": ("experiment_id", "cell_id"),
     "samples": ("experiment_id", "cell_id", "item_id", "repeat"),
     "scores": ("experiment_id", "cell_id", "item_id", "metric"),
+    "corpus": ("experiment_id", "cell_id", "metric"),
     "metrics": ("experiment_id", "cell_id", "metric"),
     "verdicts": ("experiment_id", "cell_id"),
     "rescores": ("experiment_id", "cell_id", "item_id", "metric", "scorer"),
@@ -37,15 +36,15 @@ _KEYS = {
 }
 
 
-def verify(store_path: Path, *, aggregates: Mapping[str, Aggregate] | None = None) -> list[str]:
+def verify(store_path: Path) -> list[str]:
     """Check shards against their manifests and the index against the shards.
 
     Every row of the index, verdicts and table cells included, is computed again from raw samples;
-    verdicts of claims from those and the claims that the index holds.
+    verdicts of claims from those and the claims that the index holds; corpus metrics from the
+    resamples that the shards hold (`runner.corpus.problems` computes those again from outputs).
 
     Args:
         store_path: The store.
-        aggregates: As for `ingest`.
 
     Returns:
         A sentence for everything that is wrong; empty if all is well.
@@ -64,7 +63,7 @@ def verify(store_path: Path, *, aggregates: Mapping[str, Aggregate] | None = Non
     ]
     with TemporaryDirectory() as folder, duckdb.connect() as connection:
         again = Path(folder) / "again.duckdb"
-        left_out = fill(again, store, claims, aggregates or {})
+        left_out = fill(again, store, claims)
         problems += [line for line in left_out if not line.startswith(tuple(problems))]
         for name, path in (("published", store.index_path), ("again", again)):
             quoted = str(path).replace("'", "''")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from models.base import Decoding, Generation, TextGenerator
 from models.stopping import Stopper
 from results.records import SampleRecord
-from runner.certificate import divergence
+from runner.certificate import Asked, difference
 
 # Items that are run again, timed and untimed.
 NUM_ITEMS = 8
@@ -35,6 +35,7 @@ class Again(NamedTuple):
 
     item_id: str
     token_ids: Sequence[int]
+    digest: str
     target_forwards: int | None
     seconds: float | None
 
@@ -127,7 +128,7 @@ def settle(
     baseline: Sequence[SampleRecord],
     *,
     model: TextGenerator,
-    prompts: Mapping[str, Sequence[int]],
+    questions: Mapping[str, Asked | None],
     keeps_state: bool,
     is_baseline: bool,
 ) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def settle(
         samples: The cell's measured samples.
         baseline: The baseline's.
         model: Judges differences: a tie of the best logits is none.
-        prompts: Token ids of the prompt of each item that was run again.
+        questions: What each item that was run again asks for, see `runner.certificate.asked`.
         keeps_state: Whether the method declares that it learns from one text to the next; then a
             repeated prompt may be faster.
         is_baseline: Whether the cell is the baseline.
@@ -149,8 +150,8 @@ def settle(
     items = len({sample.item_id for sample in samples})
     verdicts = [
         Verdict("shuffled items", True, f"{items} items in an order drawn from the seed"),
-        _outputs("duplicated prompts", evidence.repeated, first, model, prompts),
-        _outputs("untimed outputs", evidence.untimed, first, model, prompts),
+        _outputs("duplicated prompts", evidence.repeated, first, model, questions),
+        _outputs("untimed outputs", evidence.untimed, first, model, questions),
         Verdict(
             "token counts",
             not evidence.miscounts,
@@ -183,13 +184,16 @@ def _outputs(
     again: Sequence[Again],
     first: Mapping[str, SampleRecord],
     model: TextGenerator,
-    prompts: Mapping[str, Sequence[int]],
+    questions: Mapping[str, Asked | None],
 ) -> Verdict:
     """Compare outputs with those of the timed run."""
     ties = 0
     for each in again:
-        measured = first[each.item_id].output_ids
-        found = divergence(model, prompts[each.item_id], measured, list(each.token_ids))
+        measured = first[each.item_id]
+        if each.digest == measured.output_digest:
+            continue
+        question = questions[each.item_id]
+        found = difference(model, question, measured.output_ids, list(each.token_ids))
         if found is None:
             continue
         if found["verdict"] == "tie":
@@ -211,7 +215,7 @@ def _remembers(
     check = "work of duplicated prompts"
     for each in again:
         measured = first[each.item_id]
-        is_same = list(each.token_ids) == measured.output_ids
+        is_same = each.digest == measured.output_digest
         if is_same and each.target_forwards != measured.target_forwards:
             return Verdict(
                 check,

@@ -16,6 +16,8 @@ enumeration stand beside the methods.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -55,7 +57,7 @@ class Centred(NamedTuple):
 
 
 class _Captured(Exception):  # a signal, no error
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked | None) -> None:
         super().__init__()
         self.asked = asked
 
@@ -72,19 +74,53 @@ class _Probe:
         raise _Captured(Asked(list(prompt_ids), decoding))
 
     def session(self, capacity: int) -> Session:
-        raise AssertionError("a task generates; it opens no session")
+        raise _Captured(None)
 
     def synchronize(self) -> None:
         """Nothing is running."""
 
 
-def asked(task: Task[Any], model: TextGenerator, item: Item) -> Asked:
-    """Return what a task asks a model to continue for an item."""
+def asked(task: Task[Any], model: TextGenerator, item: Item) -> Asked | None:
+    """Return what a task asks a model to continue for an item.
+
+    None where it asks for no continuation: it feeds a text of its own, or runs another capability.
+    """
+    if task.capability != "TextGenerator":
+        return None
     try:
         task.call(_Probe(model), item)
     except _Captured as captured:
         return captured.asked
     raise ValueError(f"task {type(task).__name__} did not call generate for item {item.id!r}.")
+
+
+def output_digest(token_ids: Sequence[int], text: str) -> str:
+    """Return a SHA-256 of an output: of its tokens, or of its text where it has none."""
+    return hashlib.sha256(json.dumps(list(token_ids) or text).encode()).hexdigest()
+
+
+def difference(
+    model: Any,
+    question: Asked | None,
+    baseline: Sequence[int],
+    method: Sequence[int],
+) -> dict[str, Any] | None:
+    """Compare two outputs, those without a prompt or without tokens included; see `divergence`.
+
+    Args:
+        model: Judges where texts differ.
+        question: What was to be continued; None where nothing was, and no tie can be told.
+        baseline, method: Their tokens.
+    """
+    if question is not None and baseline and method:
+        return divergence(model, question.prompt_ids, baseline, method)
+    return {
+        "position": 0,
+        "token": None,
+        "baseline_token": None,
+        "top2_gap": None,
+        "verdict": "violation",
+    }
 
 
 def divergence(

@@ -6,15 +6,9 @@ decoding says what the output must be. A check that does not apply passes and sa
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,40 +16,32 @@ import torch
 from scipy.stats import chi2_contingency
 from torch import Tensor
 
-from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.cards import CardError, load_card
-from models.base import Decoding, Generation, Session, TextGenerator, Unsupported
+from models.base import Decoding, Generation, Session, TextGenerator
 from models.decode import decode
 from models.draft_tree import DraftTree
 from models.stopping import Stopper
 from runner.certificate import divergence
+from runner.conformance_base import (
+    PROFILE,
+    Battery,
+    Broken,
+    Check,
+    OnPurpose,
+    compare,
+    fresh,
+    judge,
+    snapshot,
+)
+from runner.conformance_calls import CallBattery
 from runner.registry import Registry
 
-PROFILE = Profile(name="conformance", kind="cpu", label="No particular device")
 # Tokens of each text, and texts that a sampled distribution is judged by.
 LENGTH = 24
 SAMPLES = 100
 # Below this a difference between two sampled distributions is no accident; seeds are fixed, so a
 # method passes always or never.
 SIGNIFICANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Check:
-    """One promise, whether it is kept, and what was found."""
-
-    name: str
-    ok: bool
-    detail: str = ""
-
-
-class _Broken(Exception):  # a finding, no error of ours
-    """A promise is not kept; the message says how."""
-
-
-class _OnPurpose(Exception):  # a signal, no error
-    """Raised where a method's block must let it through."""
 
 
 def conformance(name: str, registry: Registry) -> list[Check]:
@@ -68,15 +54,17 @@ def conformance(name: str, registry: Registry) -> list[Check]:
     Raises:
         runner.request.UsageError: There is no such method, or it cannot be loaded.
     """
-    return check_method(registry.load_method(name), tiny_text_model())
+    return check_method(registry.load_method(name))
 
 
-def check_method(method: Method[Any] | type[Method[Any]], model: TextGenerator) -> list[Check]:
-    """Run the whole battery.
+def check_method(
+    method: Method[Any] | type[Method[Any]], model: TextGenerator | None = None
+) -> list[Check]:
+    """Run the whole battery of the method's capability.
 
     Args:
         method: A class, judged at its defaults but for its `trial` settings, or an instance.
-        model: A small model with weights that are not worth keeping.
+        model: A small model with weights that are not worth keeping; one made here when None.
 
     Returns:
         One check for each promise, in a fixed order; none is left out when another fails.
@@ -86,22 +74,19 @@ def check_method(method: Method[Any] | type[Method[Any]], model: TextGenerator) 
             method = method(**getattr(method, "trial", {}))
         except TypeError as error:
             return [Check("settings have defaults", False, str(error))]
-    battery = _Battery(method, model)
-    return [_judge(name, check) for name, check in battery.checks().items()]
+    battery = _battery(method, model)
+    return [judge(name, check) for name, check in battery.checks().items()]
 
 
-def _judge(name: str, check: Callable[[], str]) -> Check:
-    try:
-        return Check(name, True, check())
-    except _Broken as broken:
-        return Check(name, False, str(broken))
-    except Exception as error:  # noqa: BLE001  # a stranger's method may raise anything
-        return Check(name, False, f"raised {type(error).__name__}: {error}")
+def _battery(method: Method[Any], model: Any) -> _TextBattery | CallBattery:
+    if method.capability == "TextGenerator":
+        return _TextBattery(method, model or tiny_text_model())
+    return CallBattery(method, model)
 
 
-class _Battery:
+class _TextBattery(Battery):
     def __init__(self, method: Method[Any], model: TextGenerator) -> None:
-        self.method = method
+        super().__init__(method)
         self.model = model
         self.prompts = _prompts(model)
         self.greedy = Decoding(max_new_tokens=LENGTH)
@@ -126,39 +111,6 @@ class _Battery:
             "they are restored after an exception too": self.restored_after_exception,
         }
 
-    # --- what the method says about itself ---
-
-    def card(self) -> str:
-        source = inspect.getfile(type(self.method))
-        path = Path(source).with_suffix(".toml")
-        if not path.is_file():
-            raise _Broken(f"there is no {path.name} beside {Path(source).name}.")
-        try:
-            card = load_card(path)
-        except CardError as error:
-            raise _Broken(str(error)) from error
-        if self.method.role == "method" and not (card.paper.arxiv or card.paper.code):
-            raise _Broken(f"{path.name} names neither a paper (arxiv) nor its code.")
-        return f"{len(card.claims)} claims"
-
-    def settings(self) -> str:
-        before = self.method.parameters()
-        text = json.dumps(before, sort_keys=True)
-        rebuilt = type(self.method)(**json.loads(text))
-        if rebuilt != self.method or json.dumps(rebuilt.parameters(), sort_keys=True) != text:
-            raise _Broken(f"{text} became {json.dumps(rebuilt.parameters(), sort_keys=True)}.")
-        return text
-
-    def refusal(self) -> str:
-        try:
-            with self.method.apply(_Nothing(), PROFILE):
-                pass
-        except Unsupported as refused:
-            if not str(refused).strip():
-                raise _Broken("Unsupported came without a reason.") from refused
-            return str(refused)
-        raise _Broken(f"a model without any capability was accepted as {self.method.capability}.")
-
     # --- what it does to the text ---
 
     def neutral(self) -> str:
@@ -174,11 +126,11 @@ class _Battery:
                 with neutral.apply(changed, PROFILE) as applied:
                     found = applied.generate(prompt, decoding)
                 if found.token_ids != expected.token_ids:
-                    raise _Broken(f"the text differs at temperature {heat:g}.")
+                    raise Broken(f"the text differs at temperature {heat:g}.")
                 if len(plain.seen) != len(changed.seen) or not all(
                     map(torch.equal, plain.seen, changed.seen)
                 ):
-                    raise _Broken(f"logits differ at temperature {heat:g}.")
+                    raise Broken(f"logits differ at temperature {heat:g}.")
         return (
             ", ".join(f"{name}={value}" for name, value in self.method.neutral.items()) or "always"
         )
@@ -197,7 +149,7 @@ class _Battery:
                     f"{len(plain.trace.forwards)} forwards became {len(forwards)}, up to {widest} "
                     "tokens wide"
                 )
-        raise _Broken("texts and traces are those of plain decoding: it did nothing.")
+        raise Broken("texts and traces are those of plain decoding: it did nothing.")
 
     def greedy_output(self) -> str:
         declared = self.method.declared_output(0.0)
@@ -211,7 +163,7 @@ class _Battery:
                 continue
             if difference["verdict"] == "violation":
                 gap = difference["top2_gap"]
-                raise _Broken(
+                raise Broken(
                     f"token {difference['position']} is {difference['token']} where plain decoding "
                     f"has {difference['baseline_token']}"
                     + (f", {gap:.3g} in logits below the best." if gap is not None else ".")
@@ -236,7 +188,7 @@ class _Battery:
             return "does not apply: the model is too sure of its tokens"
         p_value = float(chi2_contingency(np.transpose(columns)).pvalue)
         if p_value < SIGNIFICANCE:
-            raise _Broken(
+            raise Broken(
                 f"{SAMPLES} samples and as many of plain sampling differ: p = {p_value:.2g}."
             )
         return f"p = {p_value:.2g} over {SAMPLES} samples"
@@ -254,12 +206,12 @@ class _Battery:
             stopper = Stopper(self.model.tokenizer, decoding, self.model.facts.eos_ids)
             end = stopper.find(found.token_ids)
             if (len(found.token_ids), found.finish) != end:
-                raise _Broken(
+                raise Broken(
                     f"{len(found.token_ids)} tokens that ended by {found.finish!r}, where "
                     f"{decoding} ends them after {end.num_tokens} by {end.finish!r}."
                 )
             if found.text != stopper.text(found.token_ids):
-                raise _Broken(f"the text is not that of its tokens: {found.text!r}.")
+                raise Broken(f"the text is not that of its tokens: {found.text!r}.")
         return f"{len(decodings)} limits and stop strings"
 
     def trace(self) -> str:
@@ -267,21 +219,21 @@ class _Battery:
             found = self._generate(prompt, self.greedy)
             trace = found.trace
             if not trace.prefill:
-                raise _Broken("no prefill is recorded.")
+                raise Broken("no prefill is recorded.")
             if len(trace.accepted) != len(trace.forwards):
-                raise _Broken(
+                raise Broken(
                     f"{len(trace.forwards)} forwards, but accepted drafts of {len(trace.accepted)}."
                 )
             first = int(trace.notes.get("prefill_tokens", 1))
             emitted = first + sum(trace.accepted) + len(trace.forwards)
             # The last forward's own token may stand behind the end of the text.
             if emitted - len(found.token_ids) not in (0, 1):
-                raise _Broken(
+                raise Broken(
                     f"{emitted} tokens are accounted for, {len(found.token_ids)} came out."
                 )
             for forward, accepted in zip(trace.forwards, trace.accepted, strict=True):
                 if accepted >= forward.width:
-                    raise _Broken(f"{accepted} drafts accepted by a forward {forward.width} wide.")
+                    raise Broken(f"{accepted} drafts accepted by a forward {forward.width} wide.")
         return f"{len(self.prompts)} texts"
 
     # --- what it leaves behind ---
@@ -294,42 +246,42 @@ class _Battery:
                 self._fresh_generate(self.prompts[0], decoding).token_ids for _ in range(2)
             )
             if once != again:
-                raise _Broken(f"seed {seed} gave two texts.")
+                raise Broken(f"seed {seed} gave two texts.")
             texts.add(once)
         if len(texts) == 1:
-            raise _Broken("four seeds gave the same text: sampling ignores the seed.")
+            raise Broken("four seeds gave the same text: sampling ignores the seed.")
         return f"{len(texts)} texts of 4 seeds"
 
     def leaks(self) -> str:
         if self.method.state_policy != "cold":
             return f"does not apply: it keeps state by its policy, {self.method.state_policy}"
-        method = _fresh(self.method)
+        method = fresh(self.method)
         for prompt in self.prompts:
             after = _generate(method, self.model, prompt, self.greedy)
             alone = self._fresh_generate(prompt, self.greedy)
             if after.token_ids != alone.token_ids or _work(after) != _work(alone):
-                raise _Broken("a text depends on the texts before it, though its state is cold.")
+                raise Broken("a text depends on the texts before it, though its state is cold.")
         return f"{len(self.prompts)} texts"
 
     def restored(self) -> str:
-        before = _snapshot(self.model)
+        before = snapshot(self.model)
         self._generate(self.prompts[0], self.greedy)
         self._generate(self.prompts[0], Decoding(max_new_tokens=4, temperature=1.0))
-        return _compare(before, _snapshot(self.model))
+        return compare(before, snapshot(self.model))
 
     def restored_after_exception(self) -> str:
-        before = _snapshot(self.model)
+        before = snapshot(self.model)
         for fails_inside in (False, True):
             try:
                 with self.method.apply(self.model, PROFILE) as changed:
                     if fails_inside:
                         changed.generate([], self.greedy)  # an empty prompt is refused
                     changed.generate(self.prompts[0], self.greedy)
-                    raise _OnPurpose
-            except (_OnPurpose, ValueError):
+                    raise OnPurpose
+            except (OnPurpose, ValueError):
                 continue
-            raise _Broken("it swallowed an exception from inside its block.")
-        return _compare(before, _snapshot(self.model))
+            raise Broken("it swallowed an exception from inside its block.")
+        return compare(before, snapshot(self.model))
 
     # --- helpers ---
 
@@ -337,7 +289,7 @@ class _Battery:
         return _generate(self.method, self.model, prompt, decoding)
 
     def _fresh_generate(self, prompt: Sequence[int], decoding: Decoding) -> Generation:
-        return _generate(_fresh(self.method), self.model, prompt, decoding)
+        return _generate(fresh(self.method), self.model, prompt, decoding)
 
     def _sampled(
         self, generate: Callable[[Sequence[int], Decoding], Generation], first_seed: int
@@ -346,12 +298,6 @@ class _Battery:
         for seed in range(first_seed, first_seed + SAMPLES):
             decoding = Decoding(max_new_tokens=3, temperature=1.0, seed=seed, ignore_eos=True)
             yield from enumerate(generate(self.prompts[0], decoding).token_ids)
-
-
-class _Nothing:
-    """A model that can do nothing."""
-
-    name = "nothing"
 
 
 class _Recorder:
@@ -454,89 +400,10 @@ def _generate(
     with method.apply(model, PROFILE) as changed:
         found = changed.generate(prompt, decoding)
     if not isinstance(found, Generation):
-        raise _Broken(f"generate returned {type(found).__name__}, not a Generation.")
+        raise Broken(f"generate returned {type(found).__name__}, not a Generation.")
     return found
-
-
-def _fresh(method: Method[Any]) -> Method[Any]:
-    """Return an instance with the same settings and no past."""
-    return type(method)(**method.parameters())
 
 
 def _work(generation: Generation) -> tuple[Any, ...]:
     trace = generation.trace
     return trace.prefill, trace.forwards, trace.accepted, trace.draft_forwards
-
-
-def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    changed = sorted(name for name in before if before[name] != after[name])
-    if changed:
-        raise _Broken(f"changed and not restored: {', '.join(changed)}.")
-    return f"{len(before)} things compared"
-
-
-def _snapshot(model: TextGenerator) -> dict[str, Any]:
-    """Return what a method must leave as it was, in a form that can be compared."""
-    things: dict[str, Any] = {
-        "gradient mode": torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "default dtype": torch.get_default_dtype(),
-        "default device": str(torch.get_default_device()),
-        "number of threads": torch.get_num_threads(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "cuDNN flags": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark),
-        "torch's random state": _digest(torch.random.get_rng_state()),
-        "NumPy's random state": repr(np.random.get_state()),  # others may use it
-        "Python's random state": hash(random.getstate()),
-        "environment variables": dict(os.environ),
-        "working directory": str(Path.cwd()),
-        "methods of the model": _callables(model),
-        "facts of the model": model.facts,
-    }
-    module = getattr(model, "module", None)
-    if isinstance(module, torch.nn.Module):
-        things |= _snapshot_module(module)
-    return things
-
-
-def _snapshot_module(module: Any) -> dict[str, Any]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    parts = dict(module.named_modules())
-    config = getattr(module, "config", None)
-    defaults = getattr(module, "generation_config", None)
-    return {
-        "weights": {name: _digest(value) for name, value in module.state_dict().items()},
-        "modules": {name: id(part) for name, part in parts.items()},
-        "hooks": {
-            name: [
-                len(hooks) for key, hooks in sorted(vars(part).items()) if key.endswith("_hooks")
-            ]
-            for name, part in parts.items()
-        },
-        "training mode": {name: part.training for name, part in parts.items()},
-        "gradients wanted": {name: p.requires_grad for name, p in module.named_parameters()},
-        "methods of the modules": {name: _callables(part) for name, part in parts.items()},
-        "configuration": config.to_dict() if config is not None else None,
-        "attention kernel": getattr(config, "_attn_implementation", None),
-        "generation defaults": defaults.to_dict() if defaults is not None else None,
-        "attention functions": sorted(ALL_ATTENTION_FUNCTIONS.keys()),
-    }
-
-
-def _callables(thing: object) -> dict[str, int]:
-    """Return the functions set on an object or its class, by identity: monkeypatches show."""
-    found = {name: id(value) for name, value in vars(thing).items() if inspect.isroutine(value)}
-    for cls in reversed(type(thing).__mro__[:-1]):
-        found |= {
-            f"{cls.__name__}.{name}": id(value)
-            for name, value in vars(cls).items()
-            if inspect.isfunction(value)
-        }
-    return found
-
-
-def _digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(data.tobytes()).hexdigest()

@@ -188,7 +188,15 @@ def _suite(registry: Registry, name: str) -> list[Section]:
         "repeats": suite.repeats,
         "timeout": f"{suite.timeout:g} s",
     }
-    tasks = [{"task": task.spec, "items": str(task.limit or "all")} for task in suite.task]
+    tasks = [
+        {
+            "task": task.spec,
+            "items": str(task.limit or "all"),
+            "methods": ", ".join(task.methods) or "the suite's",
+            "models": ", ".join(task.models) or "the suite's",
+        }
+        for task in suite.task
+    ]
     methods = [{"method": method} for method in suite.methods]
     return [_facts("", facts), Section("Tasks", tasks), Section("Methods", methods)]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from results.ingest import ingest, rebuild
 from results.store import Store, StoreError
-from results.summary import Aggregate
 from runner.registry import Registry
 from runner.request import UsageError
 
@@ -18,7 +17,7 @@ def update_index(store_path: Path, registry: Registry, *, anew: bool = False) ->
 
     Args:
         store_path: Folder of the results.
-        registry: Where cards and tasks come from.
+        registry: Where cards come from.
         anew: Make it from nothing.
 
     Returns:
@@ -29,20 +28,7 @@ def update_index(store_path: Path, registry: Registry, *, anew: bool = False) ->
             and left out.
     """
     update = rebuild if anew else ingest
-    return update(store_path, registry.claims(), aggregates=aggregates(store_path, registry))
-
-
-def aggregates(store_path: Path, registry: Registry) -> dict[str, Aggregate]:
-    """Return `aggregate` of every task in the store that has a corpus metric."""
-    store, tasks = Store(store_path), set()
-    for experiment_id in store.experiment_ids():
-        try:
-            experiment = store.experiment(experiment_id)
-        except StoreError:
-            continue  # the index names the damage
-        if any(metric.kind == "corpus" for metric in experiment.metrics):
-            tasks.add(experiment.task)
-    return {task: registry.load_task(task)().aggregate for task in sorted(tasks)}
+    return update(store_path, registry.claims())
 
 
 def take_in(folder: Path, store_path: Path) -> list[str]:

@@ -15,8 +15,16 @@ from hardware import detect
 from hardware.profile import Profile
 from methods.base import Method
 from models.base import Unsupported
-from models.loading import LoadSettings, ModelError, embedded_models, fetch, weights_hash
+from models.loading import (
+    LoadSettings,
+    ModelError,
+    capabilities,
+    embedded_models,
+    fetch,
+    weights_hash,
+)
 from results.store import Store
+from runner.capabilities import CONVENTIONS
 from runner.keys import PROTOCOL_VERSION, digest, method_source, shared_source, versions
 from runner.registry import Registry
 from runner.request import Request, UsageError
@@ -24,7 +32,6 @@ from runner.settings import build, format_spec, parse_spec
 from runner.spec import CellSpec, ExperimentSpec
 from tasks.base import Item, Task
 
-BASELINE = "autoregressive"
 # Relative difference in speed that counts as none, by kind of device (design: 2% GPU, 5% CPU).
 SPEED_MARGIN = {"cpu": 0.05, "cuda": 0.02}
 # Loss of a fraction metric that still counts as "no loss".
@@ -121,8 +128,8 @@ def make_plan(request: Request) -> Plan:
     for task_text in request.tasks:
         spec = parse_spec(task_text)
         task = build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")
-        methods = _methods(request.task_methods.get(task_text, request.methods), registry)
-        for model_text in request.models:
+        methods = _methods(request.methods_of(task_text), registry)
+        for model_text in request.models_of(task_text):
             _plan_experiment(
                 plan, registry, profile, store, finished, task, task_text, model_text, methods
             )
@@ -137,21 +144,33 @@ class _Wanted:
 
 
 def _methods(texts: Sequence[str], registry: Registry) -> list[_Wanted]:
-    """Return the methods in order, a baseline first, each once."""
+    """Return the methods in order, each once."""
     found: dict[str, _Wanted] = {}
     for text in texts:
         spec = parse_spec(text)
         method = build(registry.load_method(spec.name), spec.params, f"method {spec.name!r}")
         canonical = format_spec(method, spec.name)
         found.setdefault(canonical, _Wanted(canonical, spec.name, method))
-    wanted = list(found.values())
+    return list(found.values())
+
+
+def _baseline_first(wanted: list[_Wanted], capability: str, registry: Registry) -> None:
+    """Put the baseline in front; the capability's own joins where none was asked for.
+
+    Raises:
+        UsageError: The capability has none.
+    """
     baselines = [each for each in wanted if each.method.role == "baseline"]
-    if not baselines:
-        wanted.insert(0, _Wanted(BASELINE, BASELINE, registry.load_method(BASELINE)()))
-    elif wanted[0] is not baselines[0]:
+    if baselines:
         wanted.remove(baselines[0])
         wanted.insert(0, baselines[0])
-    return wanted
+        return
+    if capability not in CONVENTIONS:
+        raise UsageError(
+            f"no baseline among the methods: name one that takes a {capability} with --method."
+        )
+    name = CONVENTIONS[capability].baseline
+    wanted.insert(0, _Wanted(name, name, registry.load_method(name)()))
 
 
 def _plan_experiment(
@@ -182,6 +201,14 @@ def _plan_experiment(
             skip(each, f"it changes a {each.method.capability}, the task runs a {task.capability}")
         else:
             fitting.append(each)
+    offered = capabilities(model_id)
+    if offered and task.capability not in offered:
+        for each in methods:
+            skip(each, f"the task runs a {task.capability}, the model is {' or '.join(offered)}")
+        return
+    if not fitting:
+        return
+    _baseline_first(fitting, task.capability, registry)
     if request.scenario == "throughput":
         for each in fitting:
             skip(each, "the throughput scenario needs batches, which no text model here runs yet")

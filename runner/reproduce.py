@@ -13,12 +13,12 @@ from duckdb import DuckDBPyConnection
 from methods.base import Check, Claim
 from methods.cards import load_paper
 from results.claim_report import PaperReport
-from results.claims import Measurements, settle
+from results.claims import Measurements, settle, task_settings
 from results.tables import connect
 from runner.registry import Entry, Registry
 from runner.request import Request, UsageError
-from runner.settings import format_spec, from_table, parse_spec
-from runner.suites import DEFAULT_SUITE, load_suite, make_request
+from runner.settings import build, format_spec, from_table, parse_spec
+from runner.suites import DEFAULT_SUITE, Suite, load_suite, make_request
 
 
 def check_names(registry: Registry, names: Sequence[str]) -> None:
@@ -102,17 +102,17 @@ def requests(
     Raises:
         UsageError: A name is unknown, or a check's settings are not those of its method.
     """
-    held = load_suite(DEFAULT_SUITE, registry).methods
+    suite = load_suite(DEFAULT_SUITE, registry)
     wanted: dict[tuple[str, str], dict[str, None]] = {}
     for name, check in _checks(registry, names, model):
-        task = check.task if model is None else check.paper_task or check.task
         params = check.params if model is None else check.paper_params or check.params
         sides = [(name, params)]
         if check.rival and registry.find("method", check.rival).status == "ready":
             sides.append((check.rival, check.rival_params))
+        task = _task_spec(registry, check, suite if model is None else None)
         specs = wanted.setdefault((task, model or check.model), {})
         for each, settings in sides:
-            specs |= dict.fromkeys(_specs(registry, each, settings, held))
+            specs |= dict.fromkeys(_specs(registry, each, settings, suite.methods))
     for (task, model_id), specs in wanted.items():
         request = make_request(
             registry,
@@ -122,8 +122,10 @@ def requests(
             models=[model_id],
             **options,
         )
-        # Of several forms of the task the suite's first is the one that claims are held against.
-        yield replace(request, methods=tuple(specs), task_methods={}, tasks=request.tasks[:1])
+        limits = dict(request.limits)
+        if model is None and (form := _form(suite, task)) and form in limits:
+            limits.setdefault(task, limits[form])
+        yield replace(request, methods=tuple(specs), task_methods={}, limits=limits)
 
 
 def apart(
@@ -135,15 +137,15 @@ def apart(
     cache answers the request and not the check.
     """
     again: dict[int, Request] = {}
+    suite = load_suite(DEFAULT_SUITE, registry)
     with connect(index_path) as connection:
         measurements = Measurements(connection)
         for name, check in _checks(registry, names):
             if not check.rival or measurements.find(name, vars(check), "embedded") is not None:
                 continue
+            task = _task_spec(registry, check, suite)
             for place, request in enumerate(asked):
-                if any(task.partition(":")[0] == check.task for task in request.tasks) and (
-                    check.model in request.models
-                ):
+                if task in request.tasks and check.model in request.models:
                     again[place] = replace(request, fresh=True)
     return list(again.values())
 
@@ -178,6 +180,38 @@ def _checks(
 def _claims(registry: Registry, name: str) -> Sequence[Claim]:
     card = registry.card(name)
     return card.claims if card is not None else ()
+
+
+def _task_spec(registry: Registry, check: Check, suite: Suite | None) -> str:
+    """Return the task of a check's measurement as `name[:key=value,…]`.
+
+    Settings that the check leaves open are those of the suite's first form of the task: a small
+    machine's length of text, say. Without a suite the measurement is at the paper's scale.
+
+    Raises:
+        UsageError: The task has no such setting, or not with such a value.
+    """
+    name, params = task_settings(vars(check), "embedded" if suite else "paper")
+    form = suite and _form(suite, name)
+    if not params:
+        return form or name
+    what = f"task_params of a check on {name!r}"
+    cls = registry.load_task(name)
+    asked = from_table(cls, dict(params), what)
+    if not form:
+        return format_spec(asked, name)
+    try:
+        base = build(cls, parse_spec(form).params, f"task {form!r}")
+        task = replace(base, **{key: getattr(asked, key) for key in params})
+    except ValueError as error:
+        raise UsageError(f"{what}: {error}") from error
+    return form if task == base else format_spec(task, name)
+
+
+def _form(suite: Suite, spec: str) -> str | None:
+    """Return the suite's first form of a task, the one that claims are held against."""
+    name = parse_spec(spec).name
+    return next((each.spec for each in suite.task if parse_spec(each.spec).name == name), None)
 
 
 def _specs(

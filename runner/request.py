@@ -27,6 +27,7 @@ class Request:
         limit: Items of each task; None for all.
         limits: Items by the task's text, from a suite; `limit` wins.
         task_methods: Methods by the task's text, from a suite, in the place of `methods`.
+        task_models: Models by the task's text, from a suite, in the place of `models`.
         seed: Seed of order, sampling and resampling.
         repeats: Measurements of each item and method.
         scenario: How lengths are treated.
@@ -47,6 +48,7 @@ class Request:
     limit: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
     task_methods: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    task_models: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seed: int = 0
     repeats: int = 1
     scenario: Scenario = "latency"
@@ -58,6 +60,14 @@ class Request:
     offline: bool = False
     plugins: tuple[Path, ...] = ()
     label: str = ""
+
+    def methods_of(self, task: str) -> tuple[str, ...]:
+        """Return the methods of a task."""
+        return self.task_methods.get(task, self.methods)
+
+    def models_of(self, task: str) -> tuple[str, ...]:
+        """Return the models of a task."""
+        return self.task_models.get(task, self.models)
 
 
 @dataclass(frozen=True)

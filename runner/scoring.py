@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from models.base import Unsupported
 from results import rescored
@@ -15,10 +14,11 @@ from results.compare import resolve
 from results.records import ExperimentRecord, SampleRecord, ScoreRecord
 from results.rescored import RescoreRecord
 from results.store import Store, StoreError
+from runner.corpus import corpus_records, outputs_of, same_number, task_of
 from runner.registry import Registry
 from runner.request import UsageError
 from runner.settings import unknown
-from tasks.base import Item, Scored, Task, Unscored
+from tasks.base import Item, Scored, Unscored
 from tasks.code_scorers import OURS, Scorer, scorers
 
 # Programs under test; the sandbox limits the processor time of each.
@@ -34,7 +34,7 @@ class Rescored:
         record: All scores, by scorer.
         labels: Method of each cell.
         changed: Scores of our own scorer that are not those the run stored: (cell, item, metric,
-            stored, now).
+            stored, now); the item of a metric of all outputs together is `all items`.
     """
 
     experiment: ExperimentRecord
@@ -88,13 +88,27 @@ def rescore(
 
 
 def _rescore(store: Store, registry: Registry, experiment: ExperimentRecord) -> Rescored:
-    task = _task(registry, experiment)
+    task = task_of(registry, experiment)
     items = {item.id: item for item in task.items()}
     samples = [sample for sample in store.samples(experiment.experiment_id) if sample.repeat == 0]
     try:
         conditions = task.conditions()
         judged: dict[tuple[str, str, str], Scored] = {}
         found = {scorer.name: _scores(scorer, items, samples, judged) for scorer in scorers(task)}
+        outputs = outputs_of(store, experiment.experiment_id)
+        corpus = {
+            scorer.name: list(
+                corpus_records(
+                    task,
+                    experiment.items,
+                    {
+                        cell: {item: scorer.cut(text) for item, text in texts.items()}
+                        for cell, texts in outputs.items()
+                    },
+                )
+            )
+            for scorer in scorers(task)
+        }
     except Unsupported as error:
         raise UsageError(str(error)) from error
     record = RescoreRecord(
@@ -102,6 +116,7 @@ def _rescore(store: Store, registry: Registry, experiment: ExperimentRecord) -> 
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         conditions=conditions,
         scores=found,
+        corpus=corpus,
     )
     rescored.write(store, record)
     stored = {
@@ -114,40 +129,17 @@ def _rescore(store: Store, registry: Registry, experiment: ExperimentRecord) -> 
         if (key := (score.cell_id, score.item_id, score.metric)) in stored
         and stored[key] != score.value
     ]
+    whole = {
+        (each.cell_id, each.metric): each.value for each in store.corpus(experiment.experiment_id)
+    }
+    changed += [
+        (each.cell_id, "all items", each.metric, whole[pair], each.value)
+        for each in corpus[OURS]
+        if (pair := (each.cell_id, each.metric)) in whole
+        and not same_number(whole[pair], each.value)
+    ]
     labels = {cell.cell_id: cell.method for cell in store.cells(experiment.experiment_id)}
     return Rescored(experiment, record, labels, changed)
-
-
-def _task(registry: Registry, experiment: ExperimentRecord) -> Task[Any]:
-    """Return the task as it was run.
-
-    Raises:
-        UsageError: It is gone, has other settings now, or other items.
-    """
-    cls = registry.load_task(experiment.task)
-    settings = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in experiment.task_params.items()
-    }
-    advice = "Its outputs cannot be judged by today's items; measure it again."
-    try:
-        task: Task[Any] = cls(**settings)
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"task {experiment.task!r} no longer takes the settings of experiment "
-            f"{experiment.experiment_id!r}: {error}. {advice}"
-        ) from error
-    try:
-        digest = task.content_hash()
-    except Unsupported as error:
-        raise UsageError(str(error)) from error
-    if digest != experiment.task_hash:
-        raise UsageError(
-            f"task {experiment.task!r} is no longer what experiment "
-            f"{experiment.experiment_id!r} ran (content {experiment.task_hash[:12]}, now "
-            f"{digest[:12]}). {advice}"
-        )
-    return task
 
 
 def _scores(

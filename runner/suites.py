@@ -9,13 +9,13 @@ repeats = 3                # and hardware, scenario, seed, timeout: all optional
 [[task]]
 spec = "humaneval:max_new_tokens=128"
 limit = 16                 # all items without it
-methods = ["prompt-lookup"]  # in the place of the suite's
+methods = ["prompt-lookup"]  # in the place of the suite's, as `models` would be
 ```
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -36,11 +36,13 @@ class SuiteTask:
         spec: `name[:key=value,…]`.
         limit: Items; None for all.
         methods: Specs of the methods for this task; empty for the suite's.
+        models: Ids of the models for this task; empty for the suite's.
     """
 
     spec: str
     limit: int | None = None
     methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -91,6 +93,7 @@ class Suite:
             hardware=self.hardware,
             limits={task.spec: task.limit for task in self.task if task.limit is not None},
             task_methods={task.spec: task.methods for task in self.task if task.methods},
+            task_models={task.spec: task.models for task in self.task if task.models},
             seed=self.seed,
             repeats=self.repeats,
             scenario=self.scenario,
@@ -170,7 +173,8 @@ def make_request(
         hardware=hardware or base.hardware,
         limit=limit,
         limits=base.limits if is_named or not tasks else {},
-        task_methods={} if methods else base.task_methods,
+        task_methods={} if methods else _with_forms(base.task_methods, base.tasks, tasks),
+        task_models={} if models else _with_forms(base.task_models, base.tasks, tasks),
         seed=base.seed if seed is None else seed,
         repeats=base.repeats if repeats is None else repeats,
         scenario=cast(Scenario, scenario or base.scenario),
@@ -190,13 +194,26 @@ def make_request(
     return request
 
 
+def _with_forms(
+    named: Mapping[str, tuple[str, ...]], held: Sequence[str], wanted: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Add wanted tasks that a suite holds in other forms only, if those forms agree."""
+    found = dict(named)
+    for text in wanted:
+        name = parse_spec(text).name
+        forms = {named.get(each, ()) for each in held if parse_spec(each).name == name}
+        if text not in held and len(forms) == 1 and (values := forms.pop()):
+            found[text] = values
+    return found
+
+
 def _check_names(request: Request, registry: Registry) -> None:
     """Look every name up, which takes no import: a slip of the pen should not wait for torch."""
     for text in chain(request.methods, *request.task_methods.values()):
         registry.find("method", parse_spec(text).name)
     for text in request.tasks:
         registry.find("task", parse_spec(text).name)
-    for text in request.models:
+    for text in chain(request.models, *request.task_models.values()):
         name = parse_spec(text).name
         if not name.startswith(("hf:", "path:")):
             registry.find("model", name)

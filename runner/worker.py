@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -33,7 +32,15 @@ from hardware.meters import Meter, Reading
 from hardware.profile import Profile, StepCost
 from hardware.step_cost import measure_step_cost
 from methods.base import Method, Output
-from models.base import Forward, Generation, InvalidOutput, TextGenerator, Trace, Unsupported
+from models.base import (
+    Forward,
+    Generation,
+    InvalidOutput,
+    TextGenerator,
+    TextModelFacts,
+    Trace,
+    Unsupported,
+)
 from models.loading import LoadSettings, load
 from results.records import (
     CellRecord,
@@ -47,22 +54,26 @@ from results.records import (
 from results.store import Store
 from runner import audit
 from runner.audit import Evidence
+from runner.capabilities import CONVENTIONS, Conventions
 from runner.certificate import (
     DISTRIBUTION_LEVEL,
     Centred,
     asked,
     centred,
+    difference,
     distribution_test,
-    divergence,
+    output_digest,
     summary,
 )
+from runner.corpus import corpus_metrics, corpus_records, outputs_of
 from runner.guards import Damage, Ledger, ProcessGuard, WeightGuard, held_bytes
 from runner.registry import Registry
 from runner.settings import build, parse_spec
 from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec, now
 from tasks.base import Item, Result, Task, Unscored
 
-# Warm-up ends when two rounds of the baseline differ by less, or after so many rounds.
+# Warm-up ends when a round of the baseline is not faster than the one before by more than this
+# share, or after so many rounds. A slower one is noise, not a lack of warmth.
 _FLAT = 0.1
 _WARMUP_ROUNDS = 4
 _LOG_LINES = 30
@@ -164,7 +175,15 @@ class _Worker:
         with self._phase("loading"):
             model_spec = parse_spec(self.spec.model)
             settings = build(LoadSettings, model_spec.params, f"model {model_spec.name!r}")
-            self.model = load(model_spec.name, settings, offline=self.spec.offline)
+            self.model: Any = load(
+                model_spec.name,
+                settings,
+                offline=self.spec.offline,
+                capability=self.task.capability,
+            )
+            self.conventions = CONVENTIONS.get(
+                self.task.capability, Conventions(baseline="", output_unit="item")
+            )
             self.profile = ceilings.measured(detect.select(self.spec.hardware))
             self.meter = Meter(self.profile)
             self.weights = WeightGuard(self.model)
@@ -209,8 +228,9 @@ class _Worker:
         if (self.store.shard(self.spec.experiment_id) / "experiment.json").exists():
             curve = self.store.experiment(self.spec.experiment_id).step_cost
         else:
-            measured = self._calibrate()
-            curve = vars(measured) if measured else None
+            curve = self._curve_of_this_run()
+            if curve is None and (measured := self._calibrate()):
+                curve = vars(measured)
             self.store.write_experiment(self._experiment_record(curve))
         if curve is None:
             return None
@@ -220,7 +240,25 @@ class _Worker:
             seconds=tuple(tuple(row) for row in curve["seconds"]),
         )
 
+    def _curve_of_this_run(self) -> dict[str, Any] | None:
+        """Return lat(N) as an earlier experiment of the run measured it for the same model."""
+        if not self.conventions.has_steps:
+            return None
+        for experiment_id in self.store.experiment_ids():
+            other = self.store.experiment(experiment_id)
+            if (
+                other.run_id == self.spec.run_id
+                and other.model_hash == self.spec.model_hash
+                and other.model_params == dict(parse_spec(self.spec.model).params)
+                and other.step_cost
+            ):
+                return other.step_cost
+        return None
+
     def _calibrate(self) -> StepCost | None:
+        """Measure lat(N), for models whose calls are sequences of forwards."""
+        if not self.conventions.has_steps:
+            return None
         from models.draft_tree import DraftTree
 
         model: TextGenerator = self.model
@@ -276,9 +314,16 @@ class _Worker:
             facts={
                 "weight_bytes": facts.weight_bytes,
                 "dtype": facts.dtype,
-                "kernels": self.model.kernels,
+                "kernels": getattr(self.model, "kernels", "transformers"),
                 "matrix_parameters": facts.matrix_parameters,
-                "kv_bytes_per_token": facts.kv_read(_ONE_TOKEN),
+                "output_unit": self.conventions.output_unit,
+                "speed_of": self.task.speed_of,
+                "bound_by": self.task.bound_by,
+                **(
+                    {"kv_bytes_per_token": facts.kv_read(_ONE_TOKEN)}
+                    if self.conventions.has_steps
+                    else {}
+                ),
                 **self.task.conditions(),
             },
             created=now(),
@@ -297,7 +342,7 @@ class _Worker:
                 measured = self._guarded(cell, item) if cell.is_open else None
                 if index == 0 and measured:
                     now = measured.reading.seconds / max(1, len(measured.result.token_ids))
-            if before and abs(now - before) <= _FLAT * before:
+            if before and now >= (1 - _FLAT) * before:
                 break
             before = now
         for cell in self.cells:
@@ -423,9 +468,12 @@ class _Worker:
             InvalidOutput: With what is wrong.
         """
         _check_result(result, self.model)
-        if not isinstance(result, Generation) or self.task.capability != "TextGenerator":
+        if not isinstance(result, Generation):
             return
-        decoding = asked(self.task, self.model, item).decoding
+        question = asked(self.task, self.model, item)
+        if question is None:
+            return
+        decoding = question.decoding
         if self.spec.scenario == "fixed-length":
             decoding = replace(decoding, ignore_eos=True)
         if complaint := audit.miscount(result, decoding, self.model):
@@ -461,7 +509,6 @@ class _Worker:
         ids = list(result.token_ids)
         forwards = trace.forwards
         is_told = bool(forwards) or bool(trace.prefill)
-        curve = self.profile.step_cost
         prefilled = trace.marks.get("prefill")
         return SampleRecord(
             cell_id=cell.spec.cell_id,
@@ -483,11 +530,20 @@ class _Worker:
             kv_bytes=trace.kv_bytes if is_told else None,
             peak_bytes=reading.peak_bytes,
             energy_j=reading.energy_j,
-            bound_seconds=_bound_seconds(curve, trace) if curve and is_told else None,
-            output_digest=hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+            bound_seconds=self._bound_seconds(trace) if is_told else None,
+            output_digest=output_digest(ids, result.text),
             output=result.text,
             output_ids=ids,
         )
+
+    def _bound_seconds(self, trace: Trace) -> float | None:
+        """Return the least that a text's forwards take after its prefill; None if unknown."""
+        if self.task.bound_by == "bytes":
+            if (reached := self.profile.ceilings) is None:
+                return None
+            return _bytes_read(self.model.facts, trace) / reached.read_bandwidth
+        curve = self.profile.step_cost
+        return _step_seconds(curve, trace) if curve else None
 
     # Ending
 
@@ -537,12 +593,24 @@ class _Worker:
                     ]
                 for record in cache[key]:
                     journal.append(replace(record, cell_id=sample.cell_id))
+        if corpus_metrics(self.task):
+            self._score_corpus()
+
+    def _score_corpus(self) -> None:
+        """Compute the metrics of all outputs together; what was computed before stays."""
+        spec = self.spec
+        known = {(each.cell_id, each.metric) for each in self.store.corpus(spec.experiment_id)}
+        outputs = outputs_of(self.store, spec.experiment_id)
+        with self.store.corpus_journal(spec.experiment_id) as journal:
+            # In the standard order, whatever the order of measuring was.
+            for record in corpus_records(self.task, spec.items, outputs, known):
+                journal.append(record)
 
     def _finish(self) -> None:
-        outputs: dict[str, dict[str, list[int]]] = defaultdict(dict)
+        outputs: dict[str, dict[str, SampleRecord]] = defaultdict(dict)
         for sample in self.store.samples(self.spec.experiment_id):
             if sample.repeat == 0:
-                outputs[sample.cell_id][sample.item_id] = sample.output_ids
+                outputs[sample.cell_id][sample.item_id] = sample
         baseline = outputs[self.spec.cells[0].cell_id]
         wall = time.perf_counter() - self.started
         measured = sum(cell.seconds["measured"] for cell in self.cells)
@@ -605,8 +673,8 @@ class _Worker:
             samples[cell.spec.cell_id],
             samples[baseline.spec.cell_id],
             model=self.model,
-            prompts={
-                item.id: asked(self.task, self.model, item).prompt_ids
+            questions={
+                item.id: asked(self.task, self.model, item)
                 for item in audit.chosen(self.items, self.spec.seed)
             },
             keeps_state=cell.method.state_policy != "cold",
@@ -614,20 +682,21 @@ class _Worker:
         )
 
     def _divergences(
-        self, baseline: dict[str, list[int]], method: dict[str, list[int]]
+        self, baseline: dict[str, SampleRecord], method: dict[str, SampleRecord]
     ) -> list[dict[str, Any]]:
         found = []
         for item in self.items:
             ours, theirs = baseline.get(item.id), method.get(item.id)
-            if ours is None or theirs is None or ours == theirs:
+            if ours is None or theirs is None or ours.output_digest == theirs.output_digest:
                 continue
-            prompt_ids = asked(self.task, self.model, item).prompt_ids
-            if difference := divergence(self.model, prompt_ids, ours, theirs):
-                found.append({"item_id": item.id, **difference})
+            question = asked(self.task, self.model, item)
+            different = difference(self.model, question, ours.output_ids, theirs.output_ids)
+            if different:
+                found.append({"item_id": item.id, **different})
         return found
 
     def _distribution_test(
-        self, baseline: dict[str, list[int]], method: dict[str, list[int]]
+        self, baseline: dict[str, SampleRecord], method: dict[str, SampleRecord]
     ) -> dict[str, float | int]:
         """Hold a sampling method's texts against the baseline's, item by item."""
         pairs: list[tuple[Centred, Centred]] = []
@@ -635,9 +704,14 @@ class _Worker:
             texts = baseline.get(item.id), method.get(item.id)
             if texts[0] is None or texts[1] is None:
                 continue
-            prompt_ids, decoding = asked(self.task, self.model, item)
+            question = asked(self.task, self.model, item)
+            if question is None:
+                continue
+            prompt_ids, decoding = question
             first, second = (
-                centred(self.model, prompt_ids, text or [], decoding.temperature) for text in texts
+                centred(self.model, prompt_ids, text.output_ids, decoding.temperature)
+                for text in texts
+                if text
             )
             pairs.append((first, second))
         return distribution_test(
@@ -648,10 +722,24 @@ class _Worker:
 def _again(item: Item, result: Result, seconds: float | None) -> audit.Again:
     trace = result.trace
     forwards = len(trace.forwards) if trace.forwards or trace.prefill else None
-    return audit.Again(item.id, list(result.token_ids), forwards, seconds)
+    digest = output_digest(result.token_ids, result.text)
+    return audit.Again(item.id, list(result.token_ids), digest, forwards, seconds)
 
 
-def _bound_seconds(curve: StepCost, trace: Trace) -> float:
+def _bytes_read(facts: TextModelFacts, trace: Trace) -> float:
+    """Return the bytes of weights, keys and values that the forwards after the prefill read.
+
+    A method that reads fewer keys and values than there are says how many bytes it read in them
+    (`decode_kv_bytes`); each forward of a draft model reads its share of the target's weights.
+    """
+    cached = trace.notes.get("decode_kv_bytes")
+    if cached is None:
+        cached = sum(facts.kv_read(forward) for forward in trace.forwards)
+    drafts = float(trace.notes.get("draft_share", 0.0)) * trace.draft_forwards
+    return facts.weight_bytes * (len(trace.forwards) + drafts) + float(cached)
+
+
+def _step_seconds(curve: StepCost, trace: Trace) -> float:
     """Return the time of a text's forwards by the measured curve, those of a draft included.
 
     A forward of a draft model takes at least its share of the target's weight bytes of a plain
@@ -691,8 +779,8 @@ def _status(error: Exception) -> Status:
     return "failed"
 
 
-def _check_result(result: object, model: TextGenerator) -> None:
-    """Refuse what cannot be a result of a text task.
+def _check_result(result: object, model: Any) -> None:
+    """Refuse what cannot be a result.
 
     Raises:
         InvalidOutput: With what is wrong.
@@ -701,17 +789,15 @@ def _check_result(result: object, model: TextGenerator) -> None:
     if missing:
         raise InvalidOutput(f"the call returned a {type(result).__name__} without {missing}.")
     ids = cast(Result, result).token_ids
-    wrong = [each for each in ids if not isinstance(each, int) or each not in _vocabulary(model)]
-    if wrong:
-        raise InvalidOutput(
-            f"{wrong[0]!r} is no token of a vocabulary of {model.facts.vocab_size}."
-        )
+    # A model without a vocabulary of its own (an encoder) returns no tokens; a method that brings
+    # another tokenizer returns that one's.
+    if isinstance(model, TextGenerator):
+        vocabulary = range(model.facts.vocab_size)
+        wrong = [each for each in ids if not isinstance(each, int) or each not in vocabulary]
+        if wrong:
+            raise InvalidOutput(f"{wrong[0]!r} is no token of a vocabulary of {len(vocabulary)}.")
     if not isinstance(cast(Result, result).text, str):
         raise InvalidOutput("the call returned a text that is no string.")
-
-
-def _vocabulary(model: TextGenerator) -> range:
-    return range(model.facts.vocab_size)
 
 
 def _violation(divergences: Sequence[dict[str, Any]]) -> str:

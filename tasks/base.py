@@ -7,9 +7,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from models.base import Trace
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Capability = TypeVar("Capability")
 
@@ -25,7 +29,7 @@ class Metric:
         unit: `fraction`, `points`, `distance`, …
         kind: How scores become a number and an interval: `binary` (Wilson, McNemar), `mean`
             (paired bootstrap), `pass@k` (unbiased estimator over groups of samples of one
-            problem), `corpus` (the task's `aggregate`).
+            problem), `corpus` (a number of all outputs together: the task's `corpus`).
         higher_is_better: Direction.
         k: The k of pass@k.
     """
@@ -113,6 +117,18 @@ class Task(ABC, Generic[Capability]):
     """A standardized task: data, protocol and metrics, with a version and a content hash.
 
     Fields of a subclass are the task's parameters. The first metric is the headline.
+
+    Class attributes:
+        version: Changes whenever items, prompts or scores can change.
+        data: Where the items come from.
+        needs: What the machine must have: `sandbox`, `extra:image`.
+        capability: Name of the model capability that `call` takes.
+        scale: `embedded` for what any machine can run, `paper` for the conditions of publications.
+        speed_of: What tables show as speed besides the whole `call`: with `decode` also the time of
+            a token after the prefill, for tasks whose prefill is long.
+        bound_by: What the forwards after the prefill are charged in the bound of a speed-up:
+            `step-cost` by the measured lat(width, context); `bytes` by the weights and cached keys
+            and values that they read, for contexts far longer than those of the measured curve.
     """
 
     version: ClassVar[str]
@@ -120,6 +136,8 @@ class Task(ABC, Generic[Capability]):
     needs: ClassVar[tuple[str, ...]] = ()  # what the machine must have: "sandbox", "extra:image"
     capability: ClassVar[str]  # name of the model capability: "TextGenerator"
     scale: ClassVar[Literal["embedded", "paper"]] = "paper"
+    speed_of: ClassVar[Literal["call", "decode"]] = "call"
+    bound_by: ClassVar[Literal["step-cost", "bytes"]] = "step-cost"
 
     @property
     @abstractmethod
@@ -157,8 +175,25 @@ class Task(ABC, Generic[Capability]):
         """Score a stored output and say what happened to it, where a task has more to say."""
         return Scored(self.score(item, output), "")
 
-    def aggregate(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Turn per-item scores into the numbers of `corpus` metrics; none by default."""
+    def corpus(
+        self, outputs: Mapping[str, str], draws: NDArray[np.int64]
+    ) -> Mapping[str, NDArray[np.float64]]:
+        """Return the numbers of the `corpus` metrics on resampled items; none by default.
+
+        Pure, like `score`: it runs again on stored outputs and needs no model. What it depends on
+        besides the outputs is in the items.
+
+        Args:
+            outputs: Stored output of every item by its id, in the experiment's order, which may
+                hold fewer items than the task (`--limit`).
+            draws: Places of items in that order, drawn with replacement, (resamples, items). Row 0
+                is every item once, so the first number is the metric itself. An item that a row
+                holds twice counts twice.
+
+        Returns:
+            For each metric of kind `corpus` one number a row, (resamples,); NaN where a row has
+            none (a correlation of equal values).
+        """
         return {}
 
     def parameters(self) -> dict[str, Any]:

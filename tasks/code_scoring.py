@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from models.base import Decoding, Generation, TextGenerator
+from models.constraints import ConstrainedDecoding, Constraint
+from models.python_syntax import python_program
 from tasks.base import Item, Metric, Scored, Scores, Task
 from tasks.sandbox import Level, Limits, require_level, start
 from tasks.sandbox.child import decode, frame
@@ -221,6 +223,12 @@ def check_many(
         return [future.result() for future in futures]
 
 
+@functools.lru_cache(maxsize=1024)
+def _program_behind(prompt: str) -> Constraint:
+    """Return the language of the texts that go on with a program."""
+    return python_program(prompt)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodeTask(Task[TextGenerator]):
     """A task whose items are functions to be completed.
@@ -236,6 +244,8 @@ class CodeTask(Task[TextGenerator]):
         samples: Completions of each problem; above 1 only with a temperature.
         k: The k of pass@k, at most `samples`.
         seed: Where the seed of each sample comes from, together with its id.
+        constraint: `python` asks methods that know constraints for a completion that is Python as
+            far as it goes; others see the same request as without.
     """
 
     prompt: PromptForm = "stripped"
@@ -244,6 +254,7 @@ class CodeTask(Task[TextGenerator]):
     samples: int = 1
     k: int = 1
     seed: int = 0
+    constraint: Literal["none", "python"] = "none"
 
     needs = ("sandbox",)
     capability = "TextGenerator"
@@ -252,6 +263,8 @@ class CodeTask(Task[TextGenerator]):
     def __post_init__(self) -> None:
         if self.prompt not in get_args(PromptForm):
             raise ValueError(f"prompt must be 'raw' or 'stripped', got {self.prompt!r}.")
+        if self.constraint not in ("none", "python"):
+            raise ValueError(f"constraint must be 'none' or 'python', got {self.constraint!r}.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if self.temperature < 0:
@@ -286,6 +299,8 @@ class CodeTask(Task[TextGenerator]):
         """Yield the samples of each problem, problem after problem."""
         for problem in self.problems():
             fields = self._formed(problem.fields)
+            if self.constraint == "python":
+                _program_behind(fields["prompt"])  # read here, outside the clock
             for sample in range(self.samples):
                 if self.samples == 1:
                     yield Item(problem.id, fields)
@@ -307,7 +322,10 @@ class CodeTask(Task[TextGenerator]):
             seed=int.from_bytes(digest[:4]),
             ignore_eos=fixed_length,
         )
-        return model.generate(model.tokenizer.encode(item.fields["prompt"]), decoding)
+        prompt = item.fields["prompt"]
+        if self.constraint == "python":
+            decoding = ConstrainedDecoding(**vars(decoding), constraint=_program_behind(prompt))
+        return model.generate(model.tokenizer.encode(prompt), decoding)
 
     def judge(self, item: Item, output: str) -> Verdict:
         """Return the verdict on a completion, with its reason."""

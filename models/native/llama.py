@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,9 +42,16 @@ _FUNCTIONS = {
     "lanes": [],
     "scratch_floats": [_POINTER, *[_INT] * 3],
     "forward": [_POINTER, *[_INT] * 5, *[_POINTER] * 6],
+    "advance_floats": [_POINTER, *[_INT] * 2],
+    "advance": [_POINTER, *[_INT] * 7, *[_POINTER] * 8],
+    "attend_all": [*[_POINTER] * 6, *[_INT] * 7, _FLOAT, _INT],
+    "attend_sets": [*[_POINTER] * 6, *[_INT] * 8, _FLOAT, _INT, _POINTER],
+    "score_all": [*[_POINTER] * 3, *[_INT] * 6, _FLOAT, _INT],
+    "compact": [*[_POINTER] * 2, *[_INT] * 5],
 }
 # Prompts are read in pieces: wide enough that weights are reused, small enough for the cache.
 _PREFILL_WIDTH = 96
+_PACKED: weakref.WeakKeyDictionary[nn.Module, NativeLlama] = weakref.WeakKeyDictionary()
 
 
 class _Layer(ctypes.Structure):
@@ -79,6 +87,7 @@ class NativeLlama:
         _refuse_unless_llama(module, int(self._library.lanes()))
         config: Any = module.config
         self._threads = torch.get_num_threads()
+        self.num_heads: int = config.num_attention_heads
         self.num_layers: int = config.num_hidden_layers
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = _head_dim(config)
@@ -112,6 +121,7 @@ class NativeLlama:
             self._sin.data_ptr(),
             ctypes.addressof(self._layers),
         )
+        _PACKED[module] = self
 
     def scratch(self, nodes: int, capacity: int) -> Tensor:
         """Return working memory for forwards of at most `nodes` tokens."""
@@ -157,6 +167,253 @@ class NativeLlama:
             scratch.data_ptr(),
             logits.data_ptr(),
         )
+
+    def layerwise(self, capacity: int, rotary: NativeRotary | None = None) -> NativeLayerwise:
+        """Return the forward in pieces, for texts of at most `capacity` tokens.
+
+        Args:
+            capacity: Rows of a cache.
+            rotary: Cosines and sines of positions, (positions, head_dim) each; the model's own
+                when None.
+
+        Raises:
+            ValueError: The positions end before the capacity does.
+        """
+        cos, sin = rotary or (self._cos, self._sin)
+        if len(cos) < capacity:
+            raise ValueError(
+                f"a text of {capacity} tokens needs as many positions, got {len(cos)}."
+            )
+        return NativeLayerwise(self, self._library, ctypes.addressof(self._model), cos, sin)
+
+    @property
+    def rotary(self) -> NativeRotary:
+        """Cosines and sines of the model's positions, (max_positions, head_dim) each."""
+        return self._cos, self._sin
+
+    @property
+    def threads(self) -> int:
+        """Threads that a forward runs on."""
+        return self._threads
+
+
+NativeRotary = tuple[Tensor, Tensor]
+"""Cosines and sines, (positions, head_dim) each, float32."""
+
+
+class NativeLayerwise:
+    """The forward of `NativeLlama` in pieces, with the attention of each layer left to the caller.
+
+    One for a text: the states between two layers are in it.
+    """
+
+    def __init__(
+        self, model: NativeLlama, library: ctypes.CDLL, address: int, cos: Tensor, sin: Tensor
+    ) -> None:
+        self._model = model  # holds what the addresses point to
+        self._library = library
+        self._address = address
+        self._cos, self._sin = cos, sin
+        self._nodes = 0
+        self._states = torch.empty(0)
+        self._scores = torch.empty(0)
+
+    def reserve(self, nodes: int, rows: int) -> None:
+        """Make room for forwards of `nodes` tokens over `rows` cached ones, these included."""
+        if nodes > self._nodes:
+            self._nodes = nodes
+            floats = self._library.advance_floats(self._address, nodes, self._model.threads)
+            self._states = torch.empty(floats)
+        floats = self._model.threads * (rows + 2 * int(self._library.lanes()))
+        if floats > len(self._scores):
+            self._scores = torch.empty(floats)
+
+    def advance(
+        self,
+        layer: int,
+        tokens: npt.NDArray[np.int64],
+        position: int,
+        row: int,
+        mixed: Tensor | None,
+        queries: Tensor | None,
+        cache: Tensor,
+        logits: Tensor | None,
+        *,
+        first_logit: int = -1,
+        rotated: bool = True,
+    ) -> None:
+        """Run from the attention of layer `layer` - 1 to that of `layer`.
+
+        Args:
+            layer: From 0, which starts with the embedding, to the number of layers, which ends
+                with the output head.
+            tokens: In a row, (nodes,).
+            position: Of the first token.
+            row: Of the first token in the cache.
+            mixed: Attention of the layer before, (nodes, heads, head_dim), contiguous.
+            queries: Where this layer's go, (nodes, heads, head_dim).
+            cache: (2, layers, kv_heads, capacity, head_dim); this layer's new rows are written.
+            logits: Where they go, (nodes - first_logit, vocab).
+            first_logit: First node whose logits are wanted; -1 for none.
+            rotated: Whether queries and keys get the rotary embedding.
+        """
+        self._library.advance(
+            self._address,
+            layer,
+            len(tokens),
+            position,
+            row,
+            cache.shape[3],
+            self._model.threads,
+            first_logit,
+            tokens.ctypes.data,
+            None if mixed is None else mixed.data_ptr(),
+            None if queries is None else queries.data_ptr(),
+            self._cos.data_ptr() if rotated else None,
+            self._sin.data_ptr() if rotated else None,
+            cache.data_ptr(),
+            self._states.data_ptr(),
+            None if logits is None else logits.data_ptr(),
+        )
+
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        offset: int,
+        scale: float,
+        *,
+        raw: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to everything, causally: node t to the rows up to `offset` + t.
+
+        Args:
+            queries: (nodes, heads, head_dim), contiguous.
+            keys, values: (kv_heads, rows, head_dim), the rows of each head one after the other.
+            offset: Rows before the nodes' own.
+            scale: Factor on the products.
+            raw: Where the scores go, (heads, nodes, offset + nodes); nowhere when None.
+
+        Returns:
+            (nodes, heads, head_dim).
+        """
+        nodes, heads, head_dim = queries.shape
+        out = torch.empty_like(queries)
+        self._library.attend_all(
+            queries.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            None if raw is None else raw.data_ptr(),
+            self._scores.data_ptr(),
+            heads,
+            heads // keys.shape[0],
+            nodes,
+            offset,
+            keys.stride(0),
+            values.stride(0),
+            head_dim,
+            scale,
+            self._model.threads,
+        )
+        return out
+
+    def attend_sets(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        offset: int,
+        scale: float,
+    ) -> tuple[Tensor, int]:
+        """Attend to chosen rows, causally.
+
+        Args:
+            queries, keys, values, offset, scale: See `attend`; keys and values have equal strides.
+            rows: (sets, chosen), int64, contiguous; each set serves heads / sets heads in a row.
+
+        Returns:
+            (nodes, heads, head_dim), and how many pairs of node and row there were in all sets.
+
+        Raises:
+            ValueError: Rows do not ascend or do not exist, or a node is left without any.
+        """
+        nodes, heads, head_dim = queries.shape
+        out = torch.empty_like(queries)
+        pairs = ctypes.c_int64()
+        problem = self._library.attend_sets(
+            queries.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            rows.data_ptr(),
+            self._scores.data_ptr(),
+            heads,
+            heads // keys.shape[0],
+            *rows.shape,
+            nodes,
+            offset,
+            keys.stride(0),
+            head_dim,
+            scale,
+            self._model.threads,
+            ctypes.addressof(pairs),
+        )
+        if problem == 1:
+            raise ValueError(
+                f"rows must be ascending, each at most once, from 0 to {offset + nodes - 1}."
+            )
+        if problem:
+            raise ValueError("a query is left without any row that it may see.")
+        return out, pairs.value
+
+    def scores(self, queries: Tensor, keys: Tensor, offset: int, scale: float) -> Tensor:
+        """Return the products of queries and keys, (heads, nodes, offset + nodes).
+
+        Args:
+            queries, keys, offset, scale: See `attend`.
+        """
+        nodes, heads, head_dim = queries.shape
+        out = torch.empty(heads, nodes, offset + nodes)
+        self._library.score_all(
+            queries.data_ptr(),
+            keys.data_ptr(),
+            out.data_ptr(),
+            heads,
+            heads // keys.shape[0],
+            nodes,
+            offset,
+            keys.stride(0),
+            head_dim,
+            scale,
+            self._model.threads,
+        )
+        return out
+
+    def compact(self, states: Tensor, rows: Tensor) -> None:
+        """Move chosen rows of keys or values to the front, in place.
+
+        Args:
+            states: (kv_heads, capacity, head_dim), the rows of each head one after the other.
+            rows: (1 or kv_heads, chosen), int64, ascending, contiguous.
+        """
+        kv_heads, _, head_dim = states.shape
+        self._library.compact(
+            states.data_ptr(),
+            rows.data_ptr(),
+            rows.shape[0],
+            kv_heads,
+            rows.shape[1],
+            states.stride(0),
+            head_dim,
+        )
+
+
+def packed(module: nn.Module) -> NativeLlama | None:
+    """Return the kernels that hold a module's weights, the ones packed last; None without any."""
+    return _PACKED.get(module)
 
 
 class NativeSession:

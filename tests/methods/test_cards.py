@@ -537,6 +537,7 @@ params = { state = "cold", nodes = 8, share = 0.5, prompt = true }
 rival = "other"
 rival_params = { nodes = "auto" }
 task = "humaneval"
+task_params = { temperature = 0.6, shape = "raw" }
 model = "smollm2-135m"
 expected = "1 + 0.3"
 paper_model = "hf:a/b"
@@ -553,6 +554,8 @@ def test_arithmetic_and_settings_are_read_with_their_types(write):
     assert check.expected == 1.3
     assert check.params == {"state": "cold", "nodes": 8, "share": 0.5, "prompt": True}
     assert [type(each) for each in check.params.values()] == [str, int, float, bool]
+    assert check.task_params == {"temperature": 0.6, "shape": "raw"}
+    assert check.paper_task_params == {}
     assert (check.direction, check.tolerance, check.paper_hardware) == (
         "above",
         0.1,
@@ -578,12 +581,19 @@ def test_arithmetic_and_settings_are_read_with_their_types(write):
         ('"2392 / 637"', "true", "ceiling must be a number, got True."),
         ('bound = "up-to"', 'bound = "at-most"', "which must be there and no at-most."),
         ("number = 2", 'number = "2"', "number must be a number, got '2'."),
-        ('"speedup"', '"speed"', "measure must be one of speedup, tokens_per_forward,"),
+        ('"speedup"', '"speed"', "measure must be one of speedup, decode_speedup,"),
         ('measure = "speedup"\n', "", "the key 'measure' is missing. Required: measure, task,"),
         ("rival = ", "rivals = ", "no key named 'rivals'. Did you mean 'rival'?"),
         ('rival = "other"\n', "", "rival_params need a rival."),
         ('{ nodes = "auto" }', "3", "rival_params must be a table of settings, got 3."),
         ('{ nodes = "auto" }', "{ nodes = [1] }", "nodes must be text, a number or a boolean"),
+        ("task_params =", "task_param =", "no key named 'task_param'. Did you mean 'task_params'?"),
+        ('shape = "raw"', "shape = [1]", "task_params: shape must be text, a number or a boolean"),
+        (
+            'paper_model = "hf:a/b"\npaper_hardware = ["a100-40gb"]',
+            'paper_task_params = { subset = "large" }',
+            "paper_task_params without paper_model says nothing.",
+        ),
         ('["a100-40gb"]', '"a100-40gb"', "paper_hardware must be a list of texts"),
         ('paper_model = "hf:a/b"\n', "", "paper_hardware without paper_model says nothing."),
         ('"hf:a/b"', '"a/b"', "paper_model must be hf:OWNER/NAME or path:FOLDER, got 'a/b'."),

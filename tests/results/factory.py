@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from results import statistics
 from results.records import (
     CellRecord,
+    CorpusRecord,
     ExperimentRecord,
     MetricRecord,
     RunRecord,
@@ -157,6 +159,21 @@ def make_scores(
     ]
 
 
+def make_corpus(
+    experiment: ExperimentRecord, method: str, metric: Callable[[np.ndarray], float]
+) -> CorpusRecord:
+    """Return the headline metric of a method, as a function of the places of drawn items."""
+    value, *resampled = (
+        float(metric(drawn)) for drawn in statistics.corpus_draws(len(experiment.items))
+    )
+    return CorpusRecord(
+        cell_id=f"cell-{method}",
+        metric=experiment.metrics[0].name,
+        value=None if np.isnan(value) else value,
+        resampled=resampled,
+    )
+
+
 def write_shard(
     store: Store,
     experiment: ExperimentRecord,
@@ -164,6 +181,7 @@ def write_shard(
     samples: Sequence[SampleRecord],
     scores: Sequence[ScoreRecord] = (),
     *,
+    corpus: Sequence[CorpusRecord] = (),
     seal: bool = True,
 ) -> None:
     store.write_experiment(experiment)
@@ -173,6 +191,10 @@ def write_shard(
     with store.scores_journal(experiment.experiment_id) as journal:
         for score in scores:
             journal.append(score)
+    if corpus:
+        with store.corpus_journal(experiment.experiment_id) as journal:
+            for record in corpus:
+                journal.append(record)
     for cell in cells:
         store.write_cell(cell)
     if seal:

@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from methods.base import Check
 from results.claims import ROUNDING, VERDICTS, Measurements, Settled, counts, read_claims, settle
 from results.ingest import ingest, rebuild
-from results.records import CellRecord, ExperimentRecord
+from results.records import CellRecord, ExperimentRecord, MetricRecord
 from results.store import Store
 from results.verify import verify
 from tests.results.factory import (
     make_cell,
+    make_corpus,
     make_experiment,
     make_run,
     make_samples,
@@ -194,7 +196,7 @@ def test_the_number_of_items_grows_with_the_square_of_the_width():
     from results.claims import Cell, _undecided
     from results.statistics import Estimate
 
-    cell = Cell("e", "c", "r", "toy", "tiny", "cpu", "embedded", 16, 0.05, 0.02, None)
+    cell = Cell("e", "c", "r", "toy", "tiny", "cpu", "embedded", 16, 0.05, 0.02, None, None)
     check = {"measure": "speedup", "direction": "above"}
     # Half the width is twice the distance on the log scale: four times the items, 48 more.
     estimate = Estimate(1.1, 1.1 ** (1 - 2), 1.1 ** (1 + 2))
@@ -217,7 +219,7 @@ def test_a_rival_of_another_experiment_is_no_rival(tmp_path: Path):
     claim = make_claim({"rival": "other"})
     assert verdict_in(tmp_path, claim).detail == "not measured yet."
     with duckdb.connect(str(ingest(tmp_path)), read_only=True) as connection:
-        check = {"params": {}, "rival_params": {}, "paper_model": "", **claim["check"]}
+        check = {**vars(Check(measure="speedup", task="", model="")), **claim["check"]}
         assert Measurements(connection).find("fast", check, "embedded") is None
 
 
@@ -328,6 +330,111 @@ def test_quality_is_a_difference_with_a_margin_for_no_loss(
     settled = verdict_in(tmp_path, claim)
     assert settled.verdict == expected, settled.detail
     assert settled.measured == pytest.approx((sum(fast) - 12) / 40)
+
+
+@pytest.mark.parametrize(
+    ("solved", "word"),
+    [(40, "BETTER"), (19, "NO LOSS"), (12, "SAME"), (9, "INCONCLUSIVE"), (0, "WORSE")],
+)
+def test_no_loss_is_what_the_quality_verdict_calls_so(tmp_path: Path, solved: int, word: str):
+    experiment = make_experiment(items=40, quality_margin=0.1)
+    scores = {
+        name: [1.0] * count + [0.0] * (40 - count)
+        for name, count in (("plain", 12), ("fast", solved))
+    }
+    write(Store(tmp_path), experiment, {"plain": 1.0, "fast": 1.0}, scores=scores)
+    claim = make_claim({"measure": "quality", "direction": "no-loss"})
+    is_met = verdict_in(tmp_path, claim).verdict == "direction"
+    with duckdb.connect(str(ingest(tmp_path)), read_only=True) as connection:
+        found = connection.execute(
+            "SELECT quality_verdict FROM comparison WHERE method = 'fast'"
+        ).fetchone()
+    assert found == (word,)
+    assert is_met == (word in ("BETTER", "NO LOSS", "SAME"))
+
+
+@pytest.mark.parametrize(("is_better", "expected"), [(True, "direction"), (False, "not-repr")])
+def test_a_corpus_metric_is_compared_with_a_rival_on_the_same_resamples(
+    tmp_path: Path, is_better: bool, expected: str
+):
+    metric = MetricRecord(name="spearman", unit="points", kind="corpus", higher_is_better=is_better)
+    methods = ("plain", "fast", "other")
+    experiment = make_experiment(methods, items=20, metrics=[metric])
+    gains = {"plain": 0.0, "fast": 3.0, "other": 2.0}
+    write_shard(
+        Store(tmp_path),
+        experiment,
+        [make_cell(experiment, method) for method in methods],
+        make_samples(experiment, dict.fromkeys(methods, 1.0)),
+        corpus=[
+            # A mean with a spread of its own, far wider than what is between fast and other.
+            make_corpus(
+                experiment,
+                method,
+                lambda drawn, gain=gain: float(drawn.mean() + gain * (drawn < 15).mean()),  # type: ignore[misc]  # bound early
+            )
+            for method, gain in gains.items()
+        ],
+    )
+    settled = verdict_in(tmp_path, make_claim({"measure": "quality", "rival": "other"}))
+    assert settled.verdict.startswith(expected)
+    assert settled.measured == pytest.approx(0.75 if is_better else -0.75)
+    assert settled.measured_low is not None
+    assert settled.measured_high is not None
+    assert settled.measured_high - settled.measured_low < 0.6
+    missing = verdict_in(tmp_path, make_claim({"measure": "quality", "rival": "absent"}))
+    assert missing.detail == "not measured yet."
+
+
+def test_decoding_is_compared_without_the_prefill(tmp_path: Path):
+    make_store(tmp_path, {"plain": 1.0, "fast": 2.0, "other": 1.5}, noise=0.0)
+    for rival, expected in (("", 2.0), ("other", 2 / 1.5)):
+        claim = make_claim({"measure": "decode_speedup", "rival": rival})
+        settled = verdict_in(tmp_path, claim)
+        assert settled.verdict == "direction"
+        assert settled.measured == pytest.approx(expected)
+
+
+def test_a_check_may_ask_for_settings_of_the_task(tmp_path: Path):
+    for number, (task, speed) in enumerate([("lee", 1.5), ("wordsim", 3.0)]):
+        experiment = make_experiment(
+            items=16,
+            experiment_id=f"e{number}",
+            task_params={"task": task, "temperature": 0.6},
+            created=f"2025-01-0{number + 1}T00:00:00+00:00",
+        )
+        write(Store(tmp_path), experiment, {"plain": 1.0, "fast": speed}, noise=0.0)
+    found = {
+        str(params): verdict_in(tmp_path, make_claim({"task_params": params})).evidence_experiment
+        for params in (
+            {},
+            {"task": "lee"},
+            {"task": "wordsim", "temperature": 0.6},
+            {"task": "lee", "temperature": 0.7},
+            {"dtype": "float32"},
+        )
+    }
+    assert list(found.values()) == ["e1", "e0", "e1", "", ""]
+
+
+def test_settings_of_the_paper_s_task_are_its_own(tmp_path: Path):
+    for number, subset in enumerate(("small", "large")):
+        at_paper_scale(
+            tmp_path,
+            2.0,
+            experiment_id=f"e{number}",
+            task_params={"subset": subset},
+            created=f"2025-01-0{number + 1}T00:00:00+00:00",
+        )
+
+    def evidence(**check: Any) -> str:
+        return verdict_in(tmp_path, make_claim({**PAPER, **check})).evidence_experiment
+
+    assert evidence() == "e1"
+    assert evidence(paper_task_params={"subset": "small"}) == "e0"
+    # The same task asks for the same settings; another one for none of ours.
+    assert evidence(task_params={"subset": "small"}) == "e0"
+    assert evidence(task="toy-mini", task_params={"subset": "small"}) == "e1"
 
 
 def test_identical_outputs_have_no_loss_to_sample(tmp_path: Path):

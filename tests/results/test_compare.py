@@ -15,11 +15,12 @@ import pytest
 
 from results.compare import Comparison, Side, Threshold, compare, render, resolve, rows
 from results.junit import github_annotations, junit
-from results.records import CellRecord, ExperimentRecord, SampleRecord
+from results.records import CellRecord, ExperimentRecord, MetricRecord, SampleRecord
 from results.statistics import ItemTotals, speed_up, speed_up_change
 from results.store import Store, StoreError
 from tests.results.factory import (
     make_cell,
+    make_corpus,
     make_experiment,
     make_run,
     make_samples,
@@ -134,6 +135,73 @@ def verdicts(comparison: Comparison, method: str = "fast") -> dict[str, str]:
         for finding in comparison.findings
         if finding.method == method
     }
+
+
+def write_corpus_run(store: Store, name: str, day: int, gain: float, items: int = ITEMS) -> None:
+    """Write a run whose headline is the mean place of the items, plus a gain of `fast`."""
+    metric = MetricRecord(name="spearman", unit="points", kind="corpus", higher_is_better=True)
+    experiment = make_experiment(
+        items=items,
+        metrics=[metric],
+        quality_margin=0.5,
+        task_hash="h",
+        experiment_id=f"experiment-{name}",
+        created=f"2025-01-{day:02}T00:00:00+00:00",
+    )
+    speeds = {"plain": 1.0, "fast": 2.0}
+    finished = f"2025-01-{day:02}T01:00:00+00:00"
+    samples = [
+        dataclasses.replace(sample, output_digest=f"{sample.output_digest} {name}")
+        for sample in make_samples(experiment, speeds)
+    ]
+    write_shard(
+        store,
+        experiment,
+        [make_cell(experiment, method, finished=finished) for method in speeds],
+        samples,
+        corpus=[
+            make_corpus(experiment, method, lambda drawn: float(drawn.mean()))
+            if method == "plain"
+            else make_corpus(
+                experiment,
+                method,
+                lambda drawn: float(drawn.mean() + gain * (drawn % 4 > 0).mean()),
+            )
+            for method in speeds
+        ],
+    )
+    started = f"2025-01-{day:02}T00:00:00+00:00"
+    store.write_run(make_run([experiment], run_id=name, started=started))
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"), [(-2.0, "REGRESSED"), (2.0, "IMPROVED"), (0.4, "SAME"), (0.7, "NO LOSS")]
+)
+def test_a_corpus_metric_is_compared_on_the_same_resamples(
+    tmp_path: Path, gain: float, expected: str
+) -> None:
+    made = Store(tmp_path)
+    write_corpus_run(made, "base", 1, 0.0)
+    write_corpus_run(made, "head", 2, gain)
+    (finding,) = [
+        each for each in compared(made).findings if (each.check, each.method) == ("quality", "fast")
+    ]
+    assert finding.verdict == expected
+    assert finding.is_regression == (gain < 0)
+    # The metric itself varies by 2 either way; what is between the runs does not.
+    assert finding.base == "11.50"
+    assert finding.detail.startswith(f"spearman {0.75 * gain:.2f}")
+
+
+def test_a_corpus_metric_of_other_items_is_not_compared(tmp_path: Path) -> None:
+    made = Store(tmp_path)
+    write_corpus_run(made, "base", 1, 0.0)
+    write_corpus_run(made, "head", 2, -2.0, items=20)
+    (finding,) = [
+        each for each in compared(made).findings if (each.check, each.method) == ("quality", "fast")
+    ]
+    assert finding.verdict == "INCONCLUSIVE"
+    assert finding.detail == ("spearman is of all items together, and the items are not the same")
 
 
 @pytest.fixture

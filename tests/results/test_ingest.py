@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import socket
 import threading
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pytest
 
 from results import ingest as ingest_module
@@ -19,11 +21,11 @@ from results.records import MetricRecord
 from results.store import Store, StoreError
 from tests.results.factory import (
     make_cell,
+    make_corpus,
     make_experiment,
     make_run,
     make_sample,
     make_samples,
-    make_scores,
     make_store,
     write_shard,
 )
@@ -95,6 +97,7 @@ def test_every_record_arrives_in_its_table(tmp_path: Path) -> None:
         "verdicts": 2,
         "claims": 0,
         "claim_verdicts": 0,
+        "corpus": 0,
         "rescores": 0,
         "scorer_metrics": 0,
         "comparison": 2,
@@ -228,22 +231,35 @@ def test_the_sandbox_level_becomes_a_column(tmp_path: Path) -> None:
     ]
 
 
-def test_corpus_metrics_are_computed_by_the_task_of_that_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seal", [False, True])
+def test_corpus_metrics_and_their_resamples_are_in_the_index(tmp_path: Path, seal: bool) -> None:
     metric = MetricRecord(name="total", unit="points", kind="corpus", higher_is_better=True)
     experiment = make_experiment(metrics=[metric])
-    store = Store(tmp_path)
+    speeds = {"plain": 1.0, "fast": 2.0}
+    corpus = [
+        make_corpus(experiment, "plain", lambda drawn: float(drawn.sum())),
+        # A draw whose first item is the last one has no number.
+        make_corpus(experiment, "fast", lambda drawn: float(drawn.max()) if drawn[0] < 7 else nan),
+    ]
     write_shard(
-        store,
+        Store(tmp_path),
         experiment,
-        [make_cell(experiment, "plain")],
-        make_samples(experiment, {"plain": 1.0}),
-        make_scores(experiment, "plain", [1.0] * 8),
+        [make_cell(experiment, method) for method in speeds],
+        make_samples(experiment, speeds),
+        corpus=corpus,
+        seal=seal,
     )
-    aggregates = {"toy": lambda rows: {"total": sum(row["total"] for row in rows.values())}}
-    index = ingest(tmp_path, aggregates=aggregates)
-    assert query(index, "SELECT quality FROM comparison") == [(8.0,)]
+    index = ingest(tmp_path)
+    assert query(
+        index, "SELECT method, quality, baseline_quality, quality_delta FROM comparison ORDER BY 1"
+    ) == [("fast", 7.0, 28.0, -21.0), ("plain", 28.0, None, None)]
+    rows = query(index, "SELECT cell_id, metric, value, resampled FROM corpus ORDER BY 1")
+    assert [row[:3] for row in rows] == [("cell-fast", "total", 7.0), ("cell-plain", "total", 28.0)]
+    assert rows[1][3] == corpus[0].resampled
+    np.testing.assert_array_equal(rows[0][3], corpus[1].resampled)
+    before = contents(index)
     rebuild(tmp_path)
-    assert query(index, "SELECT quality FROM comparison") == [(None,)]
+    np.testing.assert_equal(contents(index), before)
 
 
 @pytest.mark.parametrize("damage", ["shard", "journal", "run"])

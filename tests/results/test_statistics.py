@@ -432,16 +432,73 @@ def test_corpus_interval_agrees_with_scipy_and_pairs_its_sides() -> None:
         method="percentile",
         rng=np.random.default_rng(1),
     ).confidence_interval
-    found = statistics.corpus_metric(lambda drawn: float(np.median(values[drawn])), 60)
+    draws = statistics.corpus_draws(60)
+    medians = np.median(values[draws], axis=1)
+    found = statistics.corpus_metric(medians, 60)
     width = expected.high - expected.low
     assert found.value == np.median(values)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.1 * width)
     # Exactly one more for every item: with the same resamples on both sides nothing varies.
-    difference = statistics.corpus_difference(
-        lambda drawn: float(values[drawn].max()), lambda drawn: float(values[drawn].max()) + 1, 60
-    )
+    largest = values[draws].max(axis=1)
+    difference = statistics.corpus_metric((largest + 1) - largest, 60)
     assert difference.value == pytest.approx(1)
     assert difference.low is None or (difference.low, difference.high) == pytest.approx((1, 1))
+
+
+def test_draws_begin_with_every_item_once_and_depend_on_their_number_alone() -> None:
+    draws = statistics.corpus_draws(12)
+    assert draws.shape == (1 + statistics.CORPUS_RESAMPLES, 12)
+    assert draws.dtype == np.int64
+    assert draws[0].tolist() == list(range(12))
+    assert (draws == statistics.corpus_draws(12)).all()
+    assert (draws.min(), draws.max()) == (0, 11)
+    # With replacement: the share of items that a draw misses is (1 - 1/12)^12.
+    missed = np.mean([1 - len(set(row)) / 12 for row in draws[1:].tolist()])
+    assert missed == pytest.approx((11 / 12) ** 12, abs=0.01)
+    assert len(np.unique(draws[1:], axis=0)) > 990
+    assert statistics.corpus_draws(3).tolist() == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="at least one item, got 0"):
+        statistics.corpus_draws(0)
+
+
+def test_a_stored_corpus_metric_has_the_number_of_its_draws() -> None:
+    resampled = [float(row) for row in range(statistics.CORPUS_RESAMPLES)]
+    assert statistics.corpus_replicates(7.0, resampled, 4).tolist() == [7.0, *resampled]
+    assert statistics.corpus_replicates(7.0, [], 3).tolist() == [7.0]
+    assert math.isnan(statistics.corpus_replicates(None, [], 3)[0])
+    with pytest.raises(ValueError, match="4 items are resampled 999 times, got 998"):
+        statistics.corpus_replicates(7.0, resampled[1:], 4)
+    with pytest.raises(ValueError, match="3 items are resampled 0 times, got 999"):
+        statistics.corpus_replicates(7.0, resampled, 3)
+
+
+def test_draws_without_a_number_count_as_any_number() -> None:
+    replicates = np.concatenate([[0.5], np.linspace(0, 1, statistics.CORPUS_RESAMPLES)])
+    whole = statistics.corpus_metric(replicates, 40)
+    assert None not in whole
+    # Two lost ones out of 999 could have been the two largest: every end moves by two places.
+    lost = replicates.copy()
+    lost[[400, 600]] = math.nan
+    found = statistics.corpus_metric(lost, 40)
+    assert found.low == pytest.approx(whole.low - 2 / 998, abs=1e-6)  # type: ignore[operator]  # above
+    assert found.high == pytest.approx(whole.high + 2 / 998, abs=1e-6)  # type: ignore[operator]  # above
+    # More of them than an end leaves outside: that end is nowhere, the wide one first.
+    lost[400:408] = math.nan
+    found = statistics.corpus_metric(lost, 40)
+    assert found.wide_low is None
+    assert found.low is not None
+    assert found.low < whole.low  # type: ignore[operator]  # above
+    lost[400:500] = math.inf
+    assert statistics.corpus_metric(lost, 40) == Estimate(0.5)
+    # Better it cannot be called without the 99% end; the 95% end still excludes a loss.
+    assert statistics.quality_verdict(found, 0.001, higher_is_better=True) == "NO LOSS"
+
+
+def test_a_corpus_metric_without_a_number_or_of_few_items_has_no_interval() -> None:
+    assert statistics.corpus_metric(np.array([2.0]), 3) == Estimate(2.0)
+    nothing = statistics.corpus_metric(np.array([math.nan, 1.0, 2.0]), 5)
+    assert math.isnan(nothing.value)
+    assert nothing.low is None
 
 
 @pytest.mark.parametrize(
@@ -471,9 +528,15 @@ def test_speed_verdicts_follow_the_margin(
     ("low", "high", "widening", "expected"),
     [
         (0.03, 0.2, 0.0, "BETTER"),
-        (0.03, 0.2, 0.02, "SAME"),
-        (0.01, 0.2, 0.0, "SAME"),
-        (-0.01, 0.2, 0.1, "SAME"),
+        (0.03, 0.2, 0.02, "NO LOSS"),
+        (0.11, 0.49, 0.12, "NO LOSS"),
+        (0.01, 0.2, 0.0, "NO LOSS"),
+        (-0.01, 0.2, 0.1, "NO LOSS"),
+        (-0.019, 0.02, 0.0, "NO LOSS"),
+        (-0.019, 0.019, 0.0, "SAME"),
+        (-0.019, 0.019, 0.1, "SAME"),
+        (-0.02, 0.01, 0.0, "INCONCLUSIVE"),
+        (0.01, 0.019, 0.0, "SAME"),
         (-0.03, 0.2, 0.0, "INCONCLUSIVE"),
         (-0.2, -0.01, 0.0, "INCONCLUSIVE"),
         (-0.2, -0.03, 0.0, "WORSE"),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from results import store as store_module
-from results.records import SampleRecord
+from results.records import CorpusRecord, SampleRecord
 from results.store import Store, StoreError, read_journal
 from tests.results.factory import (
     make_cell,
@@ -82,6 +82,58 @@ def test_absent_values_and_odd_floats_survive_journal_and_parquet(tmp_path: Path
         assert (found[0].flops, found[0].energy_j) == (math.inf, -math.inf)
         assert str(found[1].prefill_seconds) == "-0.0"
         assert found[1:] == odd[1:]
+
+
+def corpus_of(method: str = "fast") -> CorpusRecord:
+    return CorpusRecord(
+        cell_id=f"cell-{method}",
+        metric="spearman",
+        value=0.1 + 0.2,
+        resampled=[0.5, math.nan, -math.inf, 5e-324],
+    )
+
+
+def test_numbers_of_whole_cells_come_back_sealed_or_not(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    nothing = CorpusRecord(cell_id="cell-plain", metric="spearman", value=None, resampled=[])
+    write_shard(store, make_experiment(), [], [], corpus=[corpus_of(), nothing], seal=False)
+    before = store.content_sha256(ID)
+    with store.corpus_journal(ID) as journal:
+        journal.append(dataclasses.replace(corpus_of(), value=9.0))  # the first one counts
+    assert store.content_sha256(ID) != before
+    for is_sealed in (False, True):
+        assert store.is_sealed(ID) is is_sealed
+        first, second = store.corpus(ID)
+        assert repr(first) == repr(corpus_of())  # NaN is not equal to itself
+        assert second == nothing
+        store.seal(ID)
+    assert store.manifest(ID)["duplicates"] == [["corpus", "cell-fast", "spearman"]]
+    assert "corpus.parquet" in store.manifest(ID)["files"]
+    assert not (store.shard(ID) / "corpus.jsonl").exists()
+    assert store.damage(ID) == []
+    (store.shard(ID) / "corpus.parquet").unlink()
+    assert store.damage(ID) == [f"{store.shard(ID) / 'corpus.parquet'}: is missing."]
+    with pytest.raises(StoreError, match=r"corpus\.parquet: cannot be read"):
+        list(store.corpus(ID))
+
+
+def test_a_shard_without_numbers_of_whole_cells_has_no_file_for_them(tmp_path: Path) -> None:
+    store = make_store(tmp_path)  # as all shards from before there were any
+    assert not (store.shard(ID) / "corpus.parquet").exists()
+    assert list(store.corpus(ID)) == []
+    assert store.corpus_table(ID).schema.names == ["cell_id", "metric", "value", "resampled"]
+
+
+def test_a_number_of_a_whole_cell_cut_short_is_left_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    corpus = [corpus_of("plain"), corpus_of("fast")]
+    write_shard(store, make_experiment(), [], [], corpus=corpus, seal=False)
+    path = store.shard(ID) / "corpus.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert [each.cell_id for each in store.corpus(ID)] == ["cell-plain"]
+    with store.corpus_journal(ID) as journal:
+        journal.append(corpus[1])
+    assert [each.cell_id for each in store.corpus(ID)] == ["cell-plain", "cell-fast"]
 
 
 def test_a_last_line_cut_at_any_byte_is_left_out_and_written_anew(tmp_path: Path) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from results import statistics
-from results.records import MetricRecord, SampleRecord, ScoreRecord
+from results.records import CorpusRecord, MetricRecord, SampleRecord, ScoreRecord
 from results.store import Store, StoreError
 from results.summary import summarize
 from tests.results.factory import (
     BINARY,
     make_cell,
+    make_corpus,
     make_experiment,
     make_sample,
     make_scores,
@@ -30,7 +32,7 @@ def summary_of(
     scores: Sequence[ScoreRecord] = (),
     *,
     cells: Mapping[str, Mapping[str, Any]] | None = None,
-    aggregate: Any = None,
+    corpus: Sequence[CorpusRecord] = (),
     **experiment_changes: Any,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return verdicts and headline metrics by method."""
@@ -41,14 +43,14 @@ def summary_of(
         make_cell(experiment, method, **cell_changes.get(method, {}))
         for method in ("plain", "fast")
     ]
-    write_shard(store, experiment, records, samples, scores, seal=False)
+    write_shard(store, experiment, records, samples, scores, corpus=corpus, seal=False)
     name = experiment.experiment_id
     summary = summarize(
         experiment,
         list(store.cells(name)),
         store.sample_table(name),
         store.score_table(name),
-        aggregate,
+        store.corpus_table(name),
     )
     return (
         {row["cell_id"].removeprefix("cell-"): row for row in summary.verdicts},
@@ -58,6 +60,86 @@ def summary_of(
             if row["is_headline"]
         },
     )
+
+
+def test_prefill_and_decoding_are_compared_apart(tmp_path: Path) -> None:
+    samples = [
+        dataclasses.replace(sample, prefill_seconds=0.04)
+        if sample.cell_id == "cell-fast"
+        else sample
+        for sample in two_items()
+    ]
+    verdicts, _ = summary_of(tmp_path, samples, items=2)
+    fast, plain = verdicts["fast"], verdicts["plain"]
+    assert fast["prefill_ratio"] == pytest.approx(0.08 / 0.2)
+    # 3.2 s less 0.2 s, and 1.6 s less 0.08 s, both for 30 tokens after the prefill.
+    assert fast["decode_speedup"] == pytest.approx(3.0 / 1.52)
+    assert fast["decode_speedup_low"] < 3.0 / 1.52 < fast["decode_speedup_high"]
+    assert fast["decode_speedup_low_99"] < fast["decode_speedup_low"]
+    assert fast["prefill_ratio_low"] == pytest.approx(0.4)
+    assert fast["decode_verdict"] == "FASTER"
+    assert fast["decode_bound"] == pytest.approx(3.0 / 1.2)
+    names = ("prefill_ratio", "decode_speedup", "decode_bound")
+    assert [plain[name] for name in names] == pytest.approx([1, 1, 1])
+    assert "decode_verdict" not in plain
+
+
+def test_tokens_of_the_prefill_are_no_tokens_of_decoding(tmp_path: Path) -> None:
+    samples = [
+        dataclasses.replace(sample, decode_tokens=sample.decode_tokens - 5)
+        if sample.cell_id == "cell-fast"
+        else sample
+        for sample in two_items()
+    ]
+    verdicts, _ = summary_of(tmp_path, samples, items=2)
+    assert verdicts["fast"]["decode_speedup"] == pytest.approx((3.0 / 30) / (1.4 / 20))
+
+
+@pytest.mark.parametrize("silent", ["plain", "fast"])
+def test_a_side_that_does_not_tell_its_prefill_has_no_decode_speed_up(
+    tmp_path: Path, silent: str
+) -> None:
+    samples = [
+        dataclasses.replace(sample, prefill_seconds=None)
+        if (sample.cell_id, sample.item_id) == (f"cell-{silent}", "item-1")
+        else sample
+        for sample in two_items()
+    ]
+    verdicts, _ = summary_of(tmp_path, samples, items=2)
+    names = ("prefill_ratio", "decode_speedup", "decode_speedup_low", "decode_verdict")
+    assert [verdicts["fast"].get(name) for name in names] == [None] * 4
+    assert verdicts["fast"]["speedup"] == pytest.approx(2)
+
+
+def test_texts_of_one_token_have_a_prefill_and_no_decoding(tmp_path: Path) -> None:
+    samples = [
+        dataclasses.replace(sample, output_tokens=1, decode_tokens=0) for sample in two_items()
+    ]
+    verdicts, _ = summary_of(tmp_path, samples, items=2)
+    assert verdicts["fast"]["prefill_ratio"] == pytest.approx(1)
+    assert verdicts["fast"]["decode_speedup"] is None
+    assert verdicts["fast"].get("decode_verdict") is None
+    assert verdicts["fast"]["decode_bound"] is None
+
+
+def test_bytes_are_charged_at_the_pace_that_the_baseline_read_them(tmp_path: Path) -> None:
+    # The baseline decodes 30 tokens in 3.0 s, of which its bytes at full bandwidth take 0.6 s; the
+    # method reads a third of them.
+    samples = [
+        dataclasses.replace(
+            sample,
+            bound_seconds={"item-0": 0.2, "item-1": 0.4}[sample.item_id]
+            / (1 if sample.cell_id == "cell-plain" else 3),
+        )
+        for sample in two_items()
+    ]
+    verdicts, _ = summary_of(tmp_path / "a", samples, items=2, facts={"bound_by": "bytes"})
+    assert verdicts["fast"]["decode_bound"] == pytest.approx(3)
+    # Of 0.2 s of prefill and 3.0 s of decoding a third of the latter is left, no less.
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx(3.2 / (0.2 + 1.0))
+    verdicts, _ = summary_of(tmp_path / "b", samples, items=2)
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx((0.2 + 0.6) / (0.2 + 0.2))
+    assert verdicts["fast"]["decode_bound"] == pytest.approx(3)
 
 
 def two_items(**fast: Any) -> list[SampleRecord]:
@@ -299,27 +381,83 @@ def test_pass_at_k_is_estimated_over_problems(tmp_path: Path) -> None:
     assert metrics["fast"]["difference"] == pytest.approx((1 / 3 + 2 / 3) / 2)
 
 
-def test_a_corpus_metric_needs_the_task_s_aggregate(tmp_path: Path) -> None:
-    spread = MetricRecord(name="spread", unit="points", kind="corpus", higher_is_better=True)
-    experiment = make_experiment(items=10, metrics=[spread])
-    scores = [
-        *make_scores(experiment, "plain", [float(number) for number in range(10)]),
-        *make_scores(experiment, "fast", [2.0 * number for number in range(10)]),
+SPREAD = MetricRecord(name="spread", unit="points", kind="corpus", higher_is_better=True)
+
+
+def spread_of(values: Sequence[float]) -> Callable[[np.ndarray], float]:
+    """Return the largest less the smallest of drawn values, an item at a time."""
+    return lambda drawn: max(values[item] for item in drawn) - min(values[item] for item in drawn)
+
+
+def test_a_corpus_metric_comes_from_its_stored_resamples(tmp_path: Path) -> None:
+    experiment = make_experiment(items=10, metrics=[SPREAD])
+    plain, fast = [float(number**2) for number in range(10)], [2.0 * item for item in range(10)]
+    corpus = [
+        make_corpus(experiment, "plain", spread_of(plain)),
+        make_corpus(experiment, "fast", spread_of(fast)),
     ]
+    changes: dict[str, Any] = {"items": 10, "metrics": [SPREAD]}
+    _, metrics = summary_of(tmp_path, samples_of(10), corpus=corpus, **changes)
+    found = metrics["fast"]
+    assert (metrics["plain"]["value"], found["value"], found["baseline_value"]) == (81, 18, 81)
+    assert (found["scored"], found["unscored"]) == (10, 0)
+    # Worked out once more from the draws: both sides see the same ones.
+    draws = statistics.corpus_draws(10)
+    own = np.array([spread_of(fast)(draw) for draw in draws])
+    other = np.array([spread_of(plain)(draw) for draw in draws])
+    expected = statistics.corpus_metric(own - other, 10)
+    names = ("", "_low", "_high", "", "_low_99", "_high_99")
+    for place, name in enumerate(names):
+        if place != 3:
+            assert found[f"difference{name}"] == expected[place]
+    assert found["low"] == statistics.corpus_metric(own, 10).low
+    assert found["verdict"] == "WORSE"
+    unpaired = statistics.corpus_metric(own, 10).low - statistics.corpus_metric(other, 10).high  # type: ignore[operator]  # there are intervals
+    assert found["difference_low"] > unpaired
 
-    def aggregate(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        assert len(rows) == 10  # an item drawn twice still counts twice
-        values = [row["spread"] for row in rows.values()]
-        return {"spread": max(values) - min(values)}
 
-    changes: dict[str, Any] = {"items": 10, "metrics": [spread]}
-    _, metrics = summary_of(tmp_path / "a", samples_of(10), scores, aggregate=aggregate, **changes)
-    assert (metrics["plain"]["value"], metrics["fast"]["value"]) == (9, 18)
-    assert metrics["fast"]["difference"] == 9
-    assert metrics["fast"]["difference_low"] < 9
-    _, metrics = summary_of(tmp_path / "b", samples_of(10), scores, **changes)
+def test_a_corpus_metric_without_resamples_or_without_a_number_is_null(tmp_path: Path) -> None:
+    experiment = make_experiment(items=10, metrics=[SPREAD])
+    changes: dict[str, Any] = {"items": 10, "metrics": [SPREAD]}
+    _, metrics = summary_of(tmp_path / "none", samples_of(10), **changes)
     assert metrics["fast"].get("value") is None
     assert metrics["fast"].get("difference") is None
+    assert metrics["fast"]["scored"] == 0
+    corpus = [
+        make_corpus(experiment, "plain", spread_of([float(item) for item in range(10)])),
+        make_corpus(experiment, "fast", lambda drawn: math.nan),
+    ]
+    _, metrics = summary_of(tmp_path / "nan", samples_of(10), corpus=corpus, **changes)
+    assert metrics["plain"]["value"] == 9
+    assert metrics["fast"].get("value") is None
+    assert metrics["fast"]["baseline_value"] == 9
+    assert metrics["fast"].get("verdict") is None
+
+
+def test_answers_that_only_the_method_lost_withhold_the_verdict_of_a_corpus_metric(
+    tmp_path: Path,
+) -> None:
+    experiment = make_experiment(items=10, metrics=[SPREAD])
+    corpus = [
+        make_corpus(experiment, method, spread_of([float(item) + shift for item in range(10)]))
+        for method, shift in (("plain", 0), ("fast", 0))
+    ]
+    corpus[1] = dataclasses.replace(
+        corpus[1], resampled=[value + 0.001 for value in corpus[1].resampled[::-1]]
+    )
+    changes: dict[str, Any] = {"items": 10, "metrics": [SPREAD], "quality_margin": 9.0}
+    _, metrics = summary_of(tmp_path / "all", samples_of(10), corpus=corpus, **changes)
+    assert metrics["fast"]["verdict"] == "SAME"
+    lost = make_scores(experiment, "fast", [None, *[1.0] * 9])
+    _, metrics = summary_of(tmp_path / "lost", samples_of(10), lost, corpus=corpus, **changes)
+    assert metrics["fast"]["unscored"] == 1
+    assert metrics["fast"]["verdict"] == "INCONCLUSIVE"
+
+
+def test_resamples_of_another_number_of_items_are_refused(tmp_path: Path) -> None:
+    few = CorpusRecord(cell_id="cell-fast", metric="spread", value=1.0, resampled=[1.0, 2.0])
+    with pytest.raises(StoreError, match=r"spread of cell 'cell-fast' .* 999 times, got 2"):
+        summary_of(tmp_path, samples_of(10), corpus=[few], items=10, metrics=[SPREAD])
 
 
 def test_further_metrics_have_values_but_no_verdict(tmp_path: Path) -> None:

@@ -183,6 +183,60 @@ def test_tables_are_split_where_numbers_cannot_be_compared(tmp_path: Path) -> No
         tables.render(index, tasks=["anothr"])
 
 
+def test_a_decode_column_pair_is_shown_where_the_task_asks_for_it(tmp_path: Path) -> None:
+    facts = {"speed_of": "decode", "bound_by": "bytes"}
+    make_store(tmp_path / "decode", {"plain": 1.0, "fast": 2.0}, noise=0.0, facts=facts)
+    (table,) = tables.comparison_tables(ingest(tmp_path / "decode"))
+    shown = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert table.columns[1:5] == ("speed-up", "bound", "decode speed-up", "decode bound")
+    assert shown["fast"]["decode speed-up"] == "2.00 [2.00, 2.00] FASTER"
+    assert shown["fast"]["decode bound"] == shown["fast"]["decode speed-up"][:4]
+    assert shown["plain"]["decode speed-up"] == "1.00"
+    assert any("bytes of weights, keys and values" in note for note in table.notes)
+    assert not any("lies above its bound" in note for note in table.notes)
+    make_store(tmp_path / "call", {"plain": 1.0, "fast": 2.0})
+    (table,) = tables.comparison_tables(ingest(tmp_path / "call"))
+    assert table.columns[1:4] == ("speed-up", "bound", "tokens/forward")
+    assert not any("Decode" in note for note in table.notes)
+    assert table.data[1]["decode_verdict"] == "FASTER"  # measured all the same
+
+
+def test_decoding_faster_than_its_bytes_allow_is_not_trusted(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    facts = {"speed_of": "decode", "bound_by": "bytes"}
+    experiment = make_experiment(items=8, facts=facts)
+    samples = [
+        type(sample)(**{**vars(sample), "bound_seconds": 0.001 * sample.decode_tokens})
+        for sample in make_samples(experiment, {"plain": 1, "fast": 2}, noise=0.01)
+    ]
+    write_shard(
+        store, experiment, [make_cell(experiment, name) for name in ("plain", "fast")], samples
+    )
+    store.write_run(make_run([experiment]))
+    (table,) = tables.comparison_tables(ingest(tmp_path))
+    assert "fast: the measured speed-up of decoding lies above its bound" in "\n".join(table.notes)
+
+
+def test_a_possible_gain_is_called_no_loss_and_explained(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    experiment = make_experiment(items=12)
+    scores = [
+        *make_scores(experiment, "plain", [0.0] * 10 + [1.0] * 2),
+        *make_scores(experiment, "fast", [0.0] * 5 + [1.0] * 7),
+    ]
+    write_shard(
+        store,
+        experiment,
+        [make_cell(experiment, name) for name in ("plain", "fast")],
+        make_samples(experiment, {"plain": 1, "fast": 2}),
+        scores,
+    )
+    store.write_run(make_run([experiment]))
+    (table,) = tables.comparison_tables(ingest(tmp_path))
+    assert "NO LOSS" in table.rows[1][table.columns.index("vs baseline")]
+    assert any("NO LOSS: a loss beyond it is excluded" in note for note in table.notes)
+
+
 def test_notes_say_what_the_table_could_have_seen_and_why_cells_failed(tmp_path: Path) -> None:
     store = Store(tmp_path)
     experiment = make_experiment(("plain", "fast", "bad", "magic"), items=12, repeats=2)

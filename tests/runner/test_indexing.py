@@ -4,10 +4,10 @@ import duckdb
 import pytest
 
 from results.store import Store, StoreError
-from runner.indexing import aggregates, take_in, update_index
+from runner.indexing import take_in, update_index
 from runner.registry import Registry
 from runner.request import UsageError
-from tests.results.factory import BINARY, make_experiment, make_store
+from tests.results.factory import make_store
 
 
 def rows(index, sql):
@@ -32,17 +32,6 @@ def test_an_index_made_anew_is_the_same(tmp_path):
     index.unlink()
     again = update_index(tmp_path, Registry(), anew=True)
     assert rows(again, "SELECT * FROM comparison ORDER BY cell_id") == before
-
-
-def test_only_tasks_with_corpus_metrics_are_loaded(tmp_path):
-    make_store(tmp_path / "one")
-    assert aggregates(tmp_path / "one", Registry()) == {}
-    corpus = [type(BINARY)(name="fid", unit="distance", kind="corpus", higher_is_better=False)]
-    store = Store(tmp_path / "two")
-    store.write_experiment(make_experiment(metrics=corpus, task="humaneval-mini"))
-    found = aggregates(tmp_path / "two", Registry())
-    assert list(found) == ["humaneval-mini"]
-    assert found["humaneval-mini"]({}) == {}
 
 
 def test_shards_and_runs_of_another_store_come_in_once(tmp_path):

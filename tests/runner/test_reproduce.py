@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,25 @@ import run
 from methods.base import Check
 from models.loading import embedded_models
 from results.claim_report import PaperReport
-from results.claims import VERDICTS
+from results.claims import VERDICTS, task_settings
 from results.ingest import rebuild
 from results.store import Store
 from runner import reproduce
 from runner.registry import Registry
 from runner.request import Request, UsageError
 from runner.settings import from_table
+from runner.suites import Suite, SuiteTask
 from tests.results.factory import make_cell, make_experiment, make_run, make_samples, write_shard
 
 REGISTRY = Registry()
+SUITE = Suite(
+    methods=("token-recycling",),
+    models=("smollm2-135m",),
+    task=(
+        SuiteTask(spec="humaneval:max_new_tokens=96", limit=16),
+        SuiteTask(spec="humaneval-mini"),
+    ),
+)
 
 
 @cache
@@ -116,6 +126,10 @@ def test_a_check_names_what_there_is(name: str, claim: str, check: Check):
         REGISTRY.load_task(check.paper_task)
     for profile in check.paper_hardware:
         REGISTRY.find("hardware", profile)
+    for scale, wanted in (("embedded", check.task_params), ("paper", check.paper_task_params)):
+        name_of_task, _ = task_settings(vars(check), scale)  # type: ignore[arg-type]  # one of two
+        task = from_table(REGISTRY.load_task(name_of_task), dict(wanted), name_of_task)
+        assert {key: task.parameters()[key] for key in wanted} == dict(wanted)
     sides: list[tuple[str, Any]] = [(name, check.params), (name, check.paper_params)]
     if check.rival:
         sides.append((check.rival, check.rival_params))
@@ -138,6 +152,66 @@ def test_all_that_a_task_and_model_need_is_one_request():
         "token-recycling:state=session,tree_nodes=auto",
         "token-recycling:tree_nodes=auto",
     ]
+
+
+def made_check(**changes: Any) -> Check:
+    return Check(measure="speedup", model="smollm2-135m", **{"task": "humaneval", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_suite", "expected"),
+    [
+        ({}, True, "humaneval:max_new_tokens=96"),
+        ({}, False, "humaneval"),
+        ({"task": "constrained-mini"}, False, "constrained-mini"),
+        # What the check leaves open is as in the suite.
+        (
+            {"task_params": {"temperature": 0.6}},
+            True,
+            "humaneval:max_new_tokens=96,temperature=0.6",
+        ),
+        ({"task_params": {"max_new_tokens": 96}}, True, "humaneval:max_new_tokens=96"),
+        ({"task_params": {"temperature": 0.6}}, False, "humaneval:temperature=0.6"),
+        (
+            {"task_params": {"temperature": 0.6}, "paper_task": "humaneval-mini"},
+            False,
+            "humaneval-mini",
+        ),
+        (
+            {"paper_task": "humaneval", "paper_task_params": {"temperature": 0.2}},
+            False,
+            "humaneval:temperature=0.2",
+        ),
+    ],
+)
+def test_a_check_s_settings_of_the_task_are_measured(
+    changes: dict[str, Any], is_suite: bool, expected: str
+):
+    suite = SUITE if is_suite else None
+    assert reproduce._task_spec(REGISTRY, made_check(**changes), suite) == expected
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"temprature": 0.6}, "has no key 'temprature'. Did you mean 'temperature'?"),
+        ({"temperature": "warm"}, "task_params of a check on 'humaneval': temperature must be"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_settings_that_the_task_does_not_take_are_named(params: dict[str, Any], words: str):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        reproduce._task_spec(REGISTRY, made_check(task_params=params), SUITE)
+
+
+def test_a_form_of_a_task_has_as_many_items_as_the_suite_s(monkeypatch):
+    checks = [made_check(), made_check(task_params={"temperature": 0.6})]
+    monkeypatch.setattr(
+        reproduce, "_checks", lambda *arguments: (("token-recycling", each) for each in checks)
+    )
+    plain, warm = reproduce.requests(REGISTRY, ["token-recycling"])
+    assert warm.tasks == (f"{plain.tasks[0]},temperature=0.6",)
+    assert warm.limits[warm.tasks[0]] == plain.limits[plain.tasks[0]] == 16
 
 
 def test_the_papers_model_takes_the_place_of_ours_and_all_items():

@@ -112,6 +112,21 @@ def test_a_task_may_have_methods_and_a_limit_of_its_own(suite):
         make_request(Registry(), suite=suite)
 
 
+def test_a_task_in_another_form_has_the_methods_and_models_of_its_name(suite):
+    Path(suite).write_text(
+        GOOD
+        + '\n[[task]]\nspec = "constrained-mini"\nmethods = ["awrs"]\nmodels = ["tiny-draft"]\n'
+        '\n[[task]]\nspec = "humaneval:temperature=0.8"\nmethods = ["prompt-lookup"]\n'
+    )
+    other = "constrained-mini:max_new_tokens=9"
+    request = make_request(Registry(), suite=suite, tasks=[other, "humaneval:prompt=raw"])
+    assert request.methods_of(other) == ("awrs",)
+    assert request.models_of(other) == ("tiny-draft",)
+    # Two forms of humaneval disagree, so a third has what the suite says for all.
+    assert request.methods_of("humaneval:prompt=raw") == request.methods
+    assert request.models_of("humaneval:prompt=raw") == request.models
+
+
 def test_without_a_named_suite_a_task_is_run_whole_and_as_it_is():
     request = make_request(Registry(), tasks=["humaneval"])
     assert request.tasks == ("humaneval",)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from models.base import Decoding, Generation, Trace
+from models.constraints import ConstrainedDecoding, accepts
 from tasks import code_scoring
 from tasks.code_scoring import (
     CPU_FLOOR_SECONDS,
@@ -269,3 +270,36 @@ def test_no_test_reads_an_argument_after_the_call(task: CodeTask) -> None:
         ("HumanEval/53", "y"),
         ("HumanEval/151", "lst"),
     }
+
+
+class Recorder:
+    """Keeps the request that a task makes."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+        self.seen: list[Decoding] = []
+
+    def encode(self, text: str) -> list[int]:
+        return [1]
+
+    def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
+        self.seen.append(decoding)
+        return Generation((), "", "length", Trace())
+
+
+def test_a_constrained_request_holds_the_language_of_what_may_follow_the_prompt() -> None:
+    recorder: Any = Recorder()
+    task = HumanEval(constraint="python", max_new_tokens=9)
+    item = next(task.items())
+    task.call(recorder, item)
+    HumanEval(max_new_tokens=9).call(recorder, item)
+    constrained, plain = recorder.seen
+    assert isinstance(constrained, ConstrainedDecoding)
+    assert accepts(constrained.constraint, item.fields["reference"])
+    assert not accepts(constrained.constraint, "\n    return )")
+    assert {**vars(constrained), "constraint": None} == {**vars(plain), "constraint": None}
+
+
+def test_an_unknown_constraint_is_refused() -> None:
+    with pytest.raises(ValueError, match="'none' or 'python', got 'rust'"):
+        HumanEval(constraint="rust")  # type: ignore[arg-type]  # that is the mistake

@@ -34,11 +34,11 @@ def test_problems_equal_those_of_the_packages_own_reader() -> None:
 def test_the_content_hash_stays() -> None:
     assert (
         HumanEval().content_hash()
-        == "1b8e80f54e7d1143e0f4d963e740e81f0feeabe1cfe6f15ec291ebb2d248543a"
+        == "0bf11cdb51c587aa4bda5df4c8402ea7d7363d61670877d117f466fd8445de3a"
     )
     assert (
         HumanEval(prompt="raw").content_hash()
-        == "ebd5d178e947ecb5a2f3a53d21daf435022e560c813a570ea9847b0d107d7d41"
+        == "19f9e00ce7e691e77e43de81060393bcfde5f72a7987a05f67d9851c9f799094"
     )
 
 

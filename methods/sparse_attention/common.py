@@ -1,0 +1,208 @@
+"""What sparse attention with a budget of tokens shares: the wrapper, and rules that evict.
+
+A rule that evicts attends to all that a cache still holds and then drops what it will not need
+again. `budget` is what stays after each forward, so a new token attends to `budget` tokens and
+itself, as in the papers' own code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from hardware.profile import Profile
+from methods.base import Method, Output
+from models.attention import AttentionLM, AttentionRule, LayerCache, OpenSession, Rule
+from models.base import TextGenerator, Unsupported
+
+NOTHING_DROPPED: Final = 1_000_000
+"""A budget that no text exceeds."""
+
+PromptMode = Literal["dense", "streamed"]
+"""How a prompt is read: with full attention and then cut down, or within the budget throughout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetedAttention(Method[TextGenerator]):
+    """A method that is a rule for attention, with a budget of tokens.
+
+    Attributes:
+        budget: Tokens of a text that count; the method says how. A model whose longest text fits
+            is left alone.
+    """
+
+    budget: int = 256
+    capability = "TextGenerator"
+    output = Output.APPROXIMATE
+    neutral = MappingProxyType({"budget": NOTHING_DROPPED})
+
+    @abstractmethod
+    def rule(self) -> AttentionRule:
+        """Return the rule of one text."""
+
+    @property
+    def longest_text(self) -> int | None:
+        """Most tokens of a text, where the method lifts the model's own limit."""
+        return None
+
+    def __post_init__(self) -> None:
+        require_tokens("budget", self.budget, 1)
+
+    @contextmanager
+    def apply(self, model: TextGenerator, hardware: Profile) -> Iterator[TextGenerator]:
+        """Yield the model with its attention restricted; the model itself is not touched."""
+        if not isinstance(model, TextGenerator):
+            raise Unsupported(
+                f"'{method_name(self)}' needs a text generator; "
+                f"'{getattr(model, 'name', type(model).__name__)}' is none."
+            )
+        # Where no text is long enough to lose a token, the model's own sessions are the answer.
+        if self.budget >= model.facts.max_positions:
+            yield model
+        else:
+            yield AttentionLM(model, self.rule, max_positions=self.longest_text)
+
+
+class EvictingRule(Rule, ABC):
+    """Attends to all rows held; then keeps the `budget` that `choose` names.
+
+    The last token of a prompt goes through the rule, so that the prompt is cut down at its end.
+    Drafts are refused: what a rejected one has pushed out could not be brought back.
+    """
+
+    observes: int | None = 1
+
+    def __init__(self, budget: int, *, prompt: PromptMode = "dense", chunk: int = 512) -> None:
+        """Start a text.
+
+        Args:
+            budget: Rows that each key-value head keeps.
+            prompt: How a prompt is read.
+            chunk: Most tokens of a prompt at once.
+        """
+        self.budget = budget
+        self.chunk = chunk
+        self._evicts_in_prompt = prompt == "streamed"
+        if self._evicts_in_prompt:
+            self.observes = None
+
+    def attend(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
+        """Attend to all rows, then drop what is beyond the budget."""
+        if cache.width > 1 and not cache.in_prompt:
+            raise Unsupported(
+                "a cache that evicts takes one token a step: a rejected draft could not bring back "
+                "what it has pushed out."
+            )
+        mixed = self.mix(layer, queries, cache)
+        is_due = cache.ends_prompt or not cache.in_prompt or self._evicts_in_prompt
+        if is_due and cache.length > self.budget:
+            cache.keep(self.choose(layer, cache))
+        return mixed
+
+    def mix(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
+        """Attend to all rows held, (width, heads, head_dim)."""
+        return cache.attend(queries)
+
+    @abstractmethod
+    def choose(self, layer: int, cache: LayerCache) -> Tensor:
+        """Return the rows to keep, ascending, (budget,) or (kv_heads, budget)."""
+
+
+class EndsRule(EvictingRule):
+    """Keeps the first tokens and the latest ones.
+
+    With `moves` the distances between them close up when tokens in between are dropped: positions
+    are those within the cache. Since only distances matter to a rotary embedding, the latest tokens
+    stay where they are and the first ones are moved up to them.
+    """
+
+    def __init__(
+        self, budget: int, *, sinks: int, moves: bool, prompt: PromptMode, chunk: int
+    ) -> None:
+        super().__init__(budget, prompt=prompt, chunk=chunk)
+        self._sinks = sinks
+        self._moves = moves and sinks > 0
+        self._dropped = 0
+
+    def mix(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
+        """Attend to all rows held, at positions within the cache."""
+        # A prompt that is read with full attention loses its tokens only at its end.
+        is_whole = cache.in_prompt and not self._evicts_in_prompt
+        if is_whole or not (self._moves and self._dropped):
+            return cache.attend(queries)
+        rows = torch.arange(cache.length, device=queries.device)
+        return cache.attend_rows(queries, rows, positions=rows + self._dropped)
+
+    def choose(self, layer: int, cache: LayerCache) -> Tensor:
+        """Return both ends."""
+        return both_ends(cache.length, self.budget, self._sinks).to(cache.keys.device)
+
+    def after_forward(self, session: OpenSession, new_tokens: Sequence[int]) -> None:
+        """Note how many tokens are gone."""
+        self._dropped = max(session.length - self.budget, 0)
+
+
+def both_ends(length: int, budget: int, first: int) -> Tensor:
+    """Return the `first` rows and the last ones, `budget` in all, ascending, int64.
+
+    Args:
+        length: Rows there are, at least `budget`.
+        budget: Rows to return, at least `first`.
+        first: Rows from the start.
+    """
+    return torch.cat([torch.arange(first), torch.arange(length - budget + first, length)])
+
+
+def best_and_recent(scores: Tensor, budget: int, recent: int) -> Tensor:
+    """Return the last rows of each head and the best of those before, (heads, budget), int64.
+
+    Args:
+        scores: (heads, rows); those of the last `recent` rows do not matter.
+        budget: Rows to return of each head, at least `recent`.
+        recent: Last rows that are returned in any case.
+
+    Returns:
+        Ascending; of equal scores any may be taken.
+    """
+    heads, rows = scores.shape
+    best = scores[:, : rows - recent].topk(budget - recent, dim=-1).indices.sort(dim=-1).values
+    last = torch.arange(rows - recent, rows, device=scores.device).expand(heads, -1)
+    return torch.cat([best, last], dim=-1)
+
+
+def by_kv_head(values: Tensor, kv_heads: int) -> Tensor:
+    """Sum over the query heads of each key-value head: (heads, ...) to (kv_heads, ...)."""
+    return values.unflatten(0, (kv_heads, -1)).sum(1)
+
+
+def method_name(method: Method[Any]) -> str:
+    """Return what the method is called: its file's name."""
+    return type(method).__module__.rpartition(".")[2].replace("_", "-")
+
+
+def require_tokens(name: str, value: object, low: int) -> None:
+    """Raise ValueError unless `value` is a whole number of tokens, at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(
+            f"{name} must be a whole number of at least {low}, got {value!r}. It is counted in "
+            "tokens."
+        )
+
+
+def require_share(name: str, value: object) -> None:
+    """Raise ValueError unless `value` lies in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}. It is a share of the budget.")
+
+
+def require_prompt_mode(value: object) -> None:
+    """Raise ValueError unless `value` is a `PromptMode`."""
+    if value not in ("dense", "streamed"):
+        raise ValueError(f"prompt must be dense or streamed, got {value!r}.")

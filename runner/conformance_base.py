@@ -1,0 +1,182 @@
+"""What the conformance batteries share: checks, the promises of every method, a model's state."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hardware.profile import Profile
+from methods.base import Method
+from methods.cards import CardError, load_card
+from models.base import Unsupported
+
+PROFILE = Profile(name="conformance", kind="cpu", label="No particular device")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, whether it is kept, and what was found."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+
+class Broken(Exception):  # a finding, no error of ours
+    """A promise is not kept; the message says how."""
+
+
+class OnPurpose(Exception):  # a signal, no error
+    """Raised where a method's block must let it through."""
+
+
+def judge(name: str, check: Callable[[], str]) -> Check:
+    """Run one check; whatever it raises is a finding."""
+    try:
+        return Check(name, True, check())
+    except Broken as broken:
+        return Check(name, False, str(broken))
+    except Exception as error:  # noqa: BLE001  # a stranger's method may raise anything
+        return Check(name, False, f"raised {type(error).__name__}: {error}")
+
+
+class Battery:
+    """Promises that do not depend on what the model is."""
+
+    def __init__(self, method: Method[Any]) -> None:
+        self.method = method
+
+    def card(self) -> str:
+        """Look for the card beside the code."""
+        source = inspect.getfile(type(self.method))
+        path = Path(source).with_suffix(".toml")
+        if not path.is_file():
+            raise Broken(f"there is no {path.name} beside {Path(source).name}.")
+        try:
+            card = load_card(path)
+        except CardError as error:
+            raise Broken(str(error)) from error
+        if self.method.role == "method" and not (card.paper.arxiv or card.paper.code):
+            raise Broken(f"{path.name} names neither a paper (arxiv) nor its code.")
+        return f"{len(card.claims)} claims"
+
+    def settings(self) -> str:
+        """Send the settings through JSON."""
+        before = self.method.parameters()
+        text = json.dumps(before, sort_keys=True)
+        rebuilt = type(self.method)(**json.loads(text))
+        if rebuilt != self.method or json.dumps(rebuilt.parameters(), sort_keys=True) != text:
+            raise Broken(f"{text} became {json.dumps(rebuilt.parameters(), sort_keys=True)}.")
+        return text
+
+    def refusal(self) -> str:
+        """Offer a model that can do nothing."""
+        try:
+            with self.method.apply(_Nothing(), PROFILE):
+                pass
+        except Unsupported as refused:
+            if not str(refused).strip():
+                raise Broken("Unsupported came without a reason.") from refused
+            return str(refused)
+        raise Broken(f"a model without any capability was accepted as {self.method.capability}.")
+
+
+def fresh(method: Method[Any]) -> Method[Any]:
+    """Return an instance with the same settings and no past."""
+    return type(method)(**method.parameters())
+
+
+class _Nothing:
+    """A model that can do nothing."""
+
+    name = "nothing"
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Hold two snapshots against each other.
+
+    Raises:
+        Broken: Something changed.
+    """
+    changed = sorted(name for name in before if before[name] != after[name])
+    if changed:
+        raise Broken(f"changed and not restored: {', '.join(changed)}.")
+    return f"{len(before)} things compared"
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Return what a method must leave as it was, in a form that can be compared."""
+    things: dict[str, Any] = {
+        "gradient mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": str(torch.get_default_device()),
+        "number of threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "cuDNN flags": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark),
+        "torch's random state": _digest(torch.random.get_rng_state()),
+        "NumPy's random state": repr(np.random.get_state()),  # others may use it
+        "Python's random state": hash(random.getstate()),
+        "environment variables": dict(os.environ),
+        "working directory": str(Path.cwd()),
+        "methods of the model": _callables(model),
+        "facts of the model": model.facts,
+    }
+    module = getattr(model, "module", None)
+    if isinstance(module, torch.nn.Module):
+        things |= _snapshot_module(module)
+    return things
+
+
+def _snapshot_module(module: Any) -> dict[str, Any]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    parts = dict(module.named_modules())
+    config = getattr(module, "config", None)
+    defaults = getattr(module, "generation_config", None)
+    return {
+        "weights": {name: _digest(value) for name, value in module.state_dict().items()},
+        "modules": {name: id(part) for name, part in parts.items()},
+        "hooks": {
+            name: [
+                len(hooks) for key, hooks in sorted(vars(part).items()) if key.endswith("_hooks")
+            ]
+            for name, part in parts.items()
+        },
+        "training mode": {name: part.training for name, part in parts.items()},
+        "gradients wanted": {name: p.requires_grad for name, p in module.named_parameters()},
+        "methods of the modules": {name: _callables(part) for name, part in parts.items()},
+        "configuration": config.to_dict() if config is not None else None,
+        "attention kernel": getattr(config, "_attn_implementation", None),
+        "generation defaults": defaults.to_dict() if defaults is not None else None,
+        "attention functions": sorted(ALL_ATTENTION_FUNCTIONS.keys()),
+    }
+
+
+def _callables(thing: object) -> dict[str, int]:
+    """Return the functions set on an object or its class, by identity: monkeypatches show."""
+    found = {name: id(value) for name, value in vars(thing).items() if inspect.isroutine(value)}
+    for cls in reversed(type(thing).__mro__[:-1]):
+        found |= {
+            f"{cls.__name__}.{name}": id(value)
+            for name, value in vars(cls).items()
+            if inspect.isfunction(value)
+        }
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()

@@ -1,0 +1,242 @@
+"""The battery for capabilities whose call is a function of its input: encoders, scored models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from methods.base import Method, Output
+from models.base import TextEncoder, TokenizedLM
+from models.tokenization import HubTokenizer
+from runner.conformance_base import PROFILE, Battery, Broken, OnPurpose, compare, fresh, snapshot
+
+_TEXTS = (
+    "the cat sat on the mat",
+    "a b a b a b",
+    "one",
+    "rain falls on the hills and rivers run down to the sea",
+)
+
+# Largest change of a text's output by others beside it, relative to the largest number: a batch
+# adds in another order.
+_BATCH_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a call returned, in a form that can be compared.
+
+    Attributes:
+        output: Exact.
+        work: What was counted.
+    """
+
+    output: Any
+    work: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """How the battery uses one capability.
+
+    Attributes:
+        model: Makes a tiny random model.
+        call: Runs it on a text.
+        alone: Whether several texts can be given at once; then each must come out as alone, as
+            `together` runs them.
+        together: Runs it on several texts; one result for each.
+    """
+
+    model: Callable[[], Any]
+    call: Callable[[Any, str], Found]
+    together: Callable[[Any, Sequence[str]], Sequence[Any]] | None = None
+
+
+def tiny_encoder() -> TextEncoder:
+    """Return a random Llama of four layers that reads bytes, as an encoder."""
+    from models.encoders import CausalEncoder
+
+    module, tokenizer = _tiny_model()
+    return CausalEncoder(module, HubTokenizer(tokenizer), "tiny-random-llama")
+
+
+def _encode(model: Any, text: str) -> Found:
+    found = model.encode([text])
+    return Found(found.vectors.tobytes(), (found.token_counts, found.trace.flops))
+
+
+def tiny_tokenized() -> TokenizedLM:
+    """Return a random Llama of four layers that reads bytes, together with its tokenizer."""
+    from models.tokenized import CausalTokenizedLM
+
+    module, tokenizer = _tiny_model()
+    return CausalTokenizedLM(module, HubTokenizer(tokenizer), "tiny-random-llama")
+
+
+def _score(model: Any, text: str) -> Found:
+    found = model.score(text)
+    return Found((tuple(found.token_ids), tuple(found.bits)), found.trace.flops)
+
+
+CALLS: Mapping[str, Calls] = {
+    "TextEncoder": Calls(
+        model=tiny_encoder,
+        call=_encode,
+        together=lambda model, texts: model.encode(texts).vectors,
+    ),
+    "TokenizedLM": Calls(model=tiny_tokenized, call=_score),
+}
+
+
+class CallBattery(Battery):
+    """The battery of one method whose capability is in `CALLS`."""
+
+    def __init__(self, method: Method[Any], model: Any = None) -> None:
+        """Get a model ready.
+
+        Raises:
+            ValueError: The capability has no battery.
+        """
+        super().__init__(method)
+        if method.capability not in CALLS:
+            known = ", ".join(["TextGenerator", *CALLS])
+            raise ValueError(f"no battery for a {method.capability}; there are those of {known}.")
+        self.calls = CALLS[method.capability]
+        self.model = model or self.calls.model()
+        # What a model builds when it is first used is not the method's doing.
+        self.plain = [self.calls.call(self.model, text) for text in _TEXTS]
+
+    def checks(self) -> dict[str, Callable[[], str]]:
+        """Return the checks by name, in the order of the table."""
+        return {
+            "card is complete": self.card,
+            "settings survive JSON": self.settings,
+            "unsupported models are refused with a reason": self.refusal,
+            "neutral setting equals the plain model to the bit": self.neutral,
+            "it acts at these settings": self.acts,
+            "declared output holds": self.declared,
+            "texts do not depend on those beside them": self.beside,
+            "same input, same output": self.repeats,
+            "applications do not leak into each other": self.leaks,
+            "model and global state are restored": self.restored,
+            "they are restored after an exception too": self.restored_after_exception,
+        }
+
+    def neutral(self) -> str:
+        """Compare the neutral setting with the plain model."""
+        if self.method.neutral is None:
+            return "does not apply: it declares no neutral setting"
+        neutral = type(self.method)(**{**self.method.parameters(), **self.method.neutral})
+        for text, plain in zip(_TEXTS, self.plain, strict=True):
+            if self._call(neutral, text).output != plain.output:
+                raise Broken(f"the output for {text!r} differs.")
+        shown = ", ".join(f"{name}={value}" for name, value in self.method.neutral.items())
+        return shown or "always"
+
+    def acts(self) -> str:
+        """Look for a difference from the plain model."""
+        if self.method.role in ("baseline", "peer"):
+            return f"does not apply: it is a {self.method.role}"
+        for text, plain in zip(_TEXTS, self.plain, strict=True):
+            found = self._call(self.method, text)
+            if found.output != plain.output:
+                return "the output differs from the plain model's"
+            if found.work != plain.work:
+                return "the work differs from the plain model's"
+        raise Broken("outputs and work are those of the plain model: it did nothing.")
+
+    def declared(self) -> str:
+        """Hold a method that promises identical output to it."""
+        if self.method.output is not Output.IDENTICAL:
+            return f"does not apply: it declares {self.method.output.value} output"
+        for text, plain in zip(_TEXTS, self.plain, strict=True):
+            if self._call(self.method, text).output != plain.output:
+                raise Broken(f"the output for {text!r} differs from the plain model's.")
+        return f"{len(_TEXTS)} texts"
+
+    def beside(self) -> str:
+        """Give all texts at once and one by one."""
+        if self.calls.together is None:
+            return "does not apply: a call takes one text"
+        with fresh(self.method).apply(self.model, PROFILE) as changed:
+            together = np.asarray(self.calls.together(changed, _TEXTS))
+            alone = np.concatenate([self.calls.together(changed, [text]) for text in _TEXTS])
+        furthest = float(np.abs(together - alone).max() / np.abs(alone).max())
+        if furthest > _BATCH_TOLERANCE:
+            raise Broken(f"a text's output changes by {furthest:.1g} of the largest beside others.")
+        return f"within {furthest:.1g} of the largest number"
+
+    def repeats(self) -> str:
+        """Run the same text twice, from fresh methods."""
+        for text in _TEXTS:
+            once, again = (self._call(fresh(self.method), text) for _ in range(2))
+            if once != again:
+                raise Broken(f"{text!r} gave two outputs.")
+        return f"{len(_TEXTS)} texts"
+
+    def leaks(self) -> str:
+        """Compare a used method with a fresh one."""
+        if self.method.state_policy != "cold":
+            return f"does not apply: it keeps state by its policy, {self.method.state_policy}"
+        method = fresh(self.method)
+        for text in _TEXTS:
+            if self._call(method, text) != self._call(fresh(self.method), text):
+                raise Broken("an output depends on the texts before it, though its state is cold.")
+        return f"{len(_TEXTS)} texts"
+
+    def restored(self) -> str:
+        """Compare the model and what is global before and after."""
+        before = snapshot(self.model)
+        self._call(self.method, _TEXTS[0])
+        return compare(before, snapshot(self.model))
+
+    def restored_after_exception(self) -> str:
+        """Raise inside the method's block, and compare."""
+        before = snapshot(self.model)
+        try:
+            with self.method.apply(self.model, PROFILE) as changed:
+                self.calls.call(changed, _TEXTS[0])
+                raise OnPurpose
+        except OnPurpose:
+            return compare(before, snapshot(self.model))
+        raise Broken("it swallowed an exception from inside its block.")
+
+    def _call(self, method: Method[Any], text: str) -> Found:
+        with method.apply(self.model, PROFILE) as changed:
+            return self.calls.call(changed, text)
+
+
+def _tiny_model() -> tuple[Any, Any]:
+    """Return a random causal language model over bytes, and its tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0, **{byte: place for place, byte in enumerate(alphabet, start=1)}}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(6)  # else every layer is nearly the identity
+    return module, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
