@@ -433,6 +433,7 @@ def fetch(
     plugin: Plugins = None,
 ) -> None:
     """Get what models and tasks need into the cache, so that runs need no network."""
+    from models.base import Unsupported
     from models.loading import LoadSettings, ModelError
     from models.loading import fetch as fetch_model
     from runner.settings import build, parse_spec, unknown
@@ -447,8 +448,12 @@ def fetch(
     for spec in specs:
         if spec.name in tasks:
             task = build(known.load_task(spec.name), spec.params, f"task {spec.name!r}")
-            items = sum(1 for _ in task.items())
-            typer.echo(f"{spec}: {items} items, content {task.content_hash()[:12]}")
+            try:
+                items = sum(1 for _ in task.items())
+                digest = task.content_hash()
+            except (Unsupported, ValueError) as error:
+                raise typer.TyperException(f"{spec}: {error}") from error
+            typer.echo(f"{spec}: {items} items, content {digest[:12]}")
             continue
         settings = build(LoadSettings, spec.params, f"model {spec.name!r}")
         try:

@@ -186,7 +186,7 @@ def _read_pieces(tokenizer: Any, vocab_size: int) -> list[bytes | None]:
     decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
     kinds = json.dumps(decoder) if decoder else ""
     if hub is not None and ('"ByteLevel"' in kinds or '"ByteFallback"' in kinds):
-        read = _byte_level if '"ByteLevel"' in kinds else _byte_fallback
+        read = byte_level if '"ByteLevel"' in kinds else byte_fallback
         special = set(hub.all_special_ids) | {
             number for number, token in hub.added_tokens_decoder.items() if token.special
         }
@@ -209,14 +209,16 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(0x100 + rank): byte for rank, byte in enumerate(hidden)}
 
 
-def _byte_level(name: str) -> bytes:
+def byte_level(name: str) -> bytes:
+    """Return the bytes of a token of a byte-level vocabulary, as GPT-2 writes them."""
     alphabet = _byte_alphabet()
     if all(letter in alphabet for letter in name):
         return bytes(alphabet[letter] for letter in name)
     return name.encode()  # an added token, which is written as it stands
 
 
-def _byte_fallback(name: str) -> bytes:
+def byte_fallback(name: str) -> bytes:
+    """Return the bytes of a token of a SentencePiece vocabulary with byte tokens."""
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes([int(name[3:5], 16)])
     return name.replace("▁", " ").encode()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -231,12 +231,14 @@ class CausalEncoder:
             models.base.Unsupported: The decoder's layers cannot be found, or the tokenizer knows no
                 places.
         """
-        self.module: Any = module.eval()
+        module.eval()
+        self.module: Any = module
         self.tokenizer = tokenizer
         self.name = name
         if not getattr(tokenizer.hub, "is_fast", False):
             raise Unsupported(f"the tokenizer of '{name}' does not say where its tokens stand.")
-        self.body: Any = self.module.get_decoder()
+        # Without the output head.
+        self.body: Any = cast(Any, module).get_decoder()
         self._layers = [
             _Layer(layer, sum(matrix.weight.numel() for matrix in _matrices(layer)))
             for layer in _decoder_layers(self.body, name)
@@ -479,7 +481,7 @@ class CausalEncoder:
         matrices = sum(layer.parameters for layer in self._layers[:depth])
         # Scores and weighted values, causal: token t sees t tokens.
         attention = 4.0 * depth * heads * head_dim * tokens * (tokens + 1) / 2
-        return 2.0 * matrices * tokens + attention
+        return float(2.0 * matrices * tokens + attention)
 
     def _facts(self) -> EncoderFacts:
         depth = self.read_out.depth(self.num_layers)
@@ -590,7 +592,7 @@ class SentenceEncoder:
         hidden = self.module[0].model.config.hidden_size
         # Every token sees every other one: two products of `hidden` numbers for each pair.
         attention = 4.0 * self.facts.num_layers * hidden * tokens * tokens
-        return 2.0 * self.facts.matrix_parameters * tokens + attention
+        return float(2.0 * self.facts.matrix_parameters * tokens + attention)
 
     def _facts(self) -> EncoderFacts:
         backbone = self.module[0].model
@@ -694,8 +696,8 @@ def _load_sentence(folder: Path, model_id: str, settings: LoadSettings) -> Sente
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise Unsupported(
-            f"'{model_id}' needs the extra 'embed', which is not installed: "
-            f"pip install -e '.[embed]'"
+            f"'{model_id}' needs the package 'sentence-transformers', which is not installed: "
+            "pip install sentence-transformers"
         ) from error
     # A module's own weights (a dense layer behind the pooling) are loaded by its own code.
     for pickled in (*folder.glob("*/*.bin"), *folder.glob("*/*.pt")):

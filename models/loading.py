@@ -181,7 +181,7 @@ def load(
         raise ModelError(
             f"{folder} holds no *.safetensors. Pickled weights are not loaded: convert them first."
         )
-    tokenizer_folder = _tokenizer_folder(model_id, folder, offline)
+    tokenizer_folder = tokenizer_folder_of(model_id, folder, offline)
     if capability == "TextGenerator":
         return load_text_generator(folder, model_id, settings, tokenizer_folder)
     if capability == "TextEncoder":
@@ -262,7 +262,7 @@ def _embedded_card(model_id: str) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def _tokenizer_folder(model_id: str, folder: Path, offline: bool) -> Path:
+def tokenizer_folder_of(model_id: str, folder: Path, offline: bool) -> Path:
     """Return where a model's tokenizer is: a draft model has its target's."""
     if ":" in model_id:
         return folder

@@ -33,14 +33,14 @@ from models.base import (
     Trace,
     Unsupported,
 )
-from models.constraints import _byte_fallback, _byte_level
+from models.constraints import byte_fallback, byte_level
 from models.loading import (
     LoadSettings,
     ModelError,
-    _tokenizer_folder,
     fetch,
     load_causal_module,
     quiet_transformers,
+    tokenizer_folder_of,
 )
 from models.text import CausalLM, model_facts
 from models.tokenization import HubTokenizer
@@ -475,7 +475,7 @@ def load_donor(donor_id: str, *, offline: bool = False) -> Donor:
             raise ModelError(
                 f"donor '{donor_id}': {error} Donors of the project: {known}."
             ) from error
-        tokenizer_folder = _tokenizer_folder(donor_id, folder, offline)
+        tokenizer_folder = tokenizer_folder_of(donor_id, folder, offline)
     from transformers import AutoTokenizer
 
     try:
@@ -515,7 +515,7 @@ def _reader(form: Mapping[str, Any]) -> Any:
     if model["type"] == "WordLevel":
         return lambda name: TokenKey("word", name.encode())
     if '"ByteLevel"' in around:
-        return lambda name: _keyed(_byte_level(name))
+        return lambda name: _keyed(byte_level(name))
     return _read_sentence_piece
 
 
@@ -528,7 +528,7 @@ def _read_word_piece(name: str, prefix: str) -> TokenKey:
 
 
 def _read_sentence_piece(name: str) -> TokenKey:
-    content = _byte_fallback(name)
+    content = byte_fallback(name)
     if len(name) == 6 and len(content) == 1:
         return TokenKey("byte", content)
     return _keyed(content)

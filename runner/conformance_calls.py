@@ -14,7 +14,7 @@ from models.base import TextEncoder, TokenizedLM
 from models.tokenization import HubTokenizer
 from runner.conformance_base import PROFILE, Battery, Broken, OnPurpose, compare, fresh, snapshot
 
-_TEXTS = (
+TEXTS = (
     "the cat sat on the mat",
     "a b a b a b",
     "one",
@@ -32,11 +32,11 @@ class Found:
 
     Attributes:
         output: Exact.
-        work: What was counted.
+        work: What was counted, whole numbers.
     """
 
     output: Any
-    work: Any
+    work: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,8 @@ def tiny_encoder() -> TextEncoder:
 
 def _encode(model: Any, text: str) -> Found:
     found = model.encode([text])
-    return Found(found.vectors.tobytes(), (found.token_counts, found.trace.flops))
+    work = {"tokens": sum(found.token_counts), "flops": int(found.trace.flops)}
+    return Found(found.vectors.tobytes(), work)
 
 
 def tiny_tokenized() -> TokenizedLM:
@@ -79,7 +80,8 @@ def tiny_tokenized() -> TokenizedLM:
 
 def _score(model: Any, text: str) -> Found:
     found = model.score(text)
-    return Found((tuple(found.token_ids), tuple(found.bits)), found.trace.flops)
+    work = {"tokens": len(found.token_ids), "flops": int(found.trace.flops)}
+    return Found((tuple(found.token_ids), tuple(found.bits)), work)
 
 
 CALLS: Mapping[str, Calls] = {
@@ -108,7 +110,7 @@ class CallBattery(Battery):
         self.calls = CALLS[method.capability]
         self.model = model or self.calls.model()
         # What a model builds when it is first used is not the method's doing.
-        self.plain = [self.calls.call(self.model, text) for text in _TEXTS]
+        self.plain = [self.calls.call(self.model, text) for text in TEXTS]
 
     def checks(self) -> dict[str, Callable[[], str]]:
         """Return the checks by name, in the order of the table."""
@@ -131,7 +133,7 @@ class CallBattery(Battery):
         if self.method.neutral is None:
             return "does not apply: it declares no neutral setting"
         neutral = type(self.method)(**{**self.method.parameters(), **self.method.neutral})
-        for text, plain in zip(_TEXTS, self.plain, strict=True):
+        for text, plain in zip(TEXTS, self.plain, strict=True):
             if self._call(neutral, text).output != plain.output:
                 raise Broken(f"the output for {text!r} differs.")
         shown = ", ".join(f"{name}={value}" for name, value in self.method.neutral.items())
@@ -141,7 +143,7 @@ class CallBattery(Battery):
         """Look for a difference from the plain model."""
         if self.method.role in ("baseline", "peer"):
             return f"does not apply: it is a {self.method.role}"
-        for text, plain in zip(_TEXTS, self.plain, strict=True):
+        for text, plain in zip(TEXTS, self.plain, strict=True):
             found = self._call(self.method, text)
             if found.output != plain.output:
                 return "the output differs from the plain model's"
@@ -153,18 +155,18 @@ class CallBattery(Battery):
         """Hold a method that promises identical output to it."""
         if self.method.output is not Output.IDENTICAL:
             return f"does not apply: it declares {self.method.output.value} output"
-        for text, plain in zip(_TEXTS, self.plain, strict=True):
+        for text, plain in zip(TEXTS, self.plain, strict=True):
             if self._call(self.method, text).output != plain.output:
                 raise Broken(f"the output for {text!r} differs from the plain model's.")
-        return f"{len(_TEXTS)} texts"
+        return f"{len(TEXTS)} texts"
 
     def beside(self) -> str:
         """Give all texts at once and one by one."""
         if self.calls.together is None:
             return "does not apply: a call takes one text"
         with fresh(self.method).apply(self.model, PROFILE) as changed:
-            together = np.asarray(self.calls.together(changed, _TEXTS))
-            alone = np.concatenate([self.calls.together(changed, [text]) for text in _TEXTS])
+            together = np.asarray(self.calls.together(changed, TEXTS))
+            alone = np.concatenate([self.calls.together(changed, [text]) for text in TEXTS])
         furthest = float(np.abs(together - alone).max() / np.abs(alone).max())
         if furthest > _BATCH_TOLERANCE:
             raise Broken(f"a text's output changes by {furthest:.1g} of the largest beside others.")
@@ -172,26 +174,26 @@ class CallBattery(Battery):
 
     def repeats(self) -> str:
         """Run the same text twice, from fresh methods."""
-        for text in _TEXTS:
+        for text in TEXTS:
             once, again = (self._call(fresh(self.method), text) for _ in range(2))
             if once != again:
                 raise Broken(f"{text!r} gave two outputs.")
-        return f"{len(_TEXTS)} texts"
+        return f"{len(TEXTS)} texts"
 
     def leaks(self) -> str:
         """Compare a used method with a fresh one."""
         if self.method.state_policy != "cold":
             return f"does not apply: it keeps state by its policy, {self.method.state_policy}"
         method = fresh(self.method)
-        for text in _TEXTS:
+        for text in TEXTS:
             if self._call(method, text) != self._call(fresh(self.method), text):
                 raise Broken("an output depends on the texts before it, though its state is cold.")
-        return f"{len(_TEXTS)} texts"
+        return f"{len(TEXTS)} texts"
 
     def restored(self) -> str:
         """Compare the model and what is global before and after."""
         before = snapshot(self.model)
-        self._call(self.method, _TEXTS[0])
+        self._call(self.method, TEXTS[0])
         return compare(before, snapshot(self.model))
 
     def restored_after_exception(self) -> str:
@@ -199,7 +201,7 @@ class CallBattery(Battery):
         before = snapshot(self.model)
         try:
             with self.method.apply(self.model, PROFILE) as changed:
-                self.calls.call(changed, _TEXTS[0])
+                self.calls.call(changed, TEXTS[0])
                 raise OnPurpose
         except OnPurpose:
             return compare(before, snapshot(self.model))

@@ -24,6 +24,7 @@ from methods.base import Method
 from models.base import Decoding, TextGenerator, Unsupported
 from models.text import CausalLM
 from runner.conformance import tiny_text_model
+from runner.conformance_calls import CALLS, TEXTS, Calls
 from runner.registry import ROOT, Registry
 from runner.request import UsageError
 
@@ -75,6 +76,8 @@ def fingerprint(method_class: type[Method[Any]]) -> Fingerprint:
     settings for trials itself, as the conformance battery knows them.
     """
     settings = trial_settings(method_class)
+    if method_class.capability in CALLS:
+        return _calls(method_class(**settings), CALLS[method_class.capability])
     found: Fingerprint = {}
     for name, model in tiny_models().items():
         for kind, decoding in _TEXTS.items():
@@ -193,6 +196,13 @@ def tiny_models() -> dict[str, CausalLM]:
         name: CausalLM(module, tokenizer, f"tiny-{name}", kernels="transformers")
         for name, module in modules.items()
     }
+
+
+def _calls(method: Method[Any], calls: Calls) -> Fingerprint:
+    """Return the work of a method whose calls are functions of a text; weights do not change it."""
+    with method.apply(calls.model(), PROFILE) as changed:
+        counted = [calls.call(changed, text).work for text in TEXTS]
+    return {"texts": {quantity: sum(each[quantity] for each in counted) for quantity in counted[0]}}
 
 
 def _fill_exactly(module: Any) -> None:

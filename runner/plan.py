@@ -222,6 +222,8 @@ def _plan_experiment(
         model_hash = weights_hash(model_id, settings)
     except (ModelError, Unsupported) as error:
         raise UsageError(str(error)) from error
+    except ValueError as error:  # a setting that only its data can refute, `mteb:task=`
+        raise UsageError(f"{task_spec}: {error}") from error
     if not items:
         raise UsageError(f"task {task_name!r} has no items to run; its limit is {limit}.")
     conditions = {

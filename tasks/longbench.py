@@ -87,6 +87,8 @@ class LongBench(Task[TextGenerator]):
     version = "1.0"
     data = Dataset(source="THUDM/LongBench", revision="main", split="test", license="MIT")
     capability = "TextGenerator"
+    speed_of = "decode"
+    bound_by = "bytes"
 
     def __post_init__(self) -> None:
         names = EVEN_TASKS if self.e else tuple(PROTOCOLS)

@@ -67,6 +67,8 @@ class LongBenchMini(Task[TextGenerator]):
         source="generated", revision=str(GENERATOR_SEED), split="test", license="Apache-2.0"
     )
     capability = "TextGenerator"
+    speed_of = "decode"
+    bound_by = "bytes"
     scale = "embedded"
 
     def __post_init__(self) -> None:

@@ -208,7 +208,7 @@ def segment(text: str) -> list[str]:
 @cache
 def _segmenter() -> Callable[[str], Sequence[str]]:
     try:
-        import jieba  # type: ignore[import-untyped]  # it has no hints
+        import jieba
     except ModuleNotFoundError:
         raise Unsupported(
             "Chinese answers are scored word by word with the package 'jieba', which is not "

@@ -66,6 +66,8 @@ class LongBenchV2(Task[TextGenerator]):
         source="THUDM/LongBench-v2", revision="main", split="train", license="Apache-2.0"
     )
     capability = "TextGenerator"
+    speed_of = "decode"
+    bound_by = "bytes"
 
     def __post_init__(self) -> None:
         check_choice("part", self.part, ("all", *DIFFICULTIES, *LENGTHS))

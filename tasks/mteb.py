@@ -50,7 +50,6 @@ class Mteb(EmbeddingTask):
         split="the task's own",
         license="the task's own",
     )
-    needs = ("extra:embed",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

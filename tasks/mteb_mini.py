@@ -179,7 +179,7 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError as error:
         raise Unsupported(
-            f"this task needs {package}, which is not installed: pip install -e '.[embed]'"
+            f"this task needs {package}, which is not installed: pip install {package}"
         ) from error
 
 
@@ -192,7 +192,7 @@ def _gensim_lines(name: str) -> list[str]:
     if found is None or found.origin is None:
         raise Unsupported(
             "this task needs gensim's test data, and gensim is not installed: "
-            "pip install -e '.[embed]'"
+            "pip install gensim"
         )
     path = Path(found.origin).parent / "test" / "test_data" / name
     try:

@@ -157,9 +157,11 @@ def v_measures(vectors: Floats, labels: Sequence[Any], bags: Integers, counts: F
         cells = truth[bag] * size + clusters
         for start in range(0, len(counts), _ROWS):
             weights = counts[start : start + _ROWS, bag]
-            tables = np.stack(
-                [np.bincount(cells, row, minlength=size * size) for row in weights]
-            ).reshape(-1, size, size)
+            tables = (
+                np.stack([np.bincount(cells, row, minlength=size * size) for row in weights])
+                .reshape(-1, size, size)
+                .astype(np.float64)
+            )
             total[start : start + _ROWS] += v_measure(tables)
     return total / len(bags)
 

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.embeddings.common import read_by
-from methods.embeddings.common import require_causal as require_causal
-from methods.embeddings.common import require_whole as require_whole
+from methods.embeddings.common import read_by, require_causal, require_whole
 from models.base import EncoderFacts, Encoding, TextEncoder
 from models.encoders import BeforeLayer, CausalEncoder, ReadOut
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.embeddings.common_placeholder import require_causal, require_whole
+from methods.embeddings.common import require_causal, require_whole
 from models.base import TextEncoder, Unsupported
 from models.encoders import Pooling, ReadOut
 

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.embeddings.common_placeholder import require_whole
+from methods.embeddings.common import require_whole
 from models.base import TextEncoder, Unsupported
 from models.encoders import Batching, CausalEncoder, Pooling, PromptName, ReadOut, SentenceEncoder
 

@@ -259,10 +259,10 @@ def test_other_packages_join_through_entry_points(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_names_the_extra_to_install():
-    error = ModuleNotFoundError("No module named 'mteb'", name="mteb.tasks")
+    error = ModuleNotFoundError("No module named 'ray'", name="ray.data")
     found = module._missing_package("task 'sts'", error, ROOT)
     assert str(found) == (
-        "task 'sts' needs the extra 'embed', which is not installed: pip install -e '.[embed]'"
+        "task 'sts' needs the extra 'cluster', which is not installed: pip install -e '.[cluster]'"
     )
     ours = ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
     assert module._missing_package("task 'sts'", ours, ROOT) is ours

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import scipy.sparse
 import torch
 from safetensors.torch import save_file
-from sklearn.utils.extmath import randomized_svd  # type: ignore[import-untyped]  # it has none
+from sklearn.utils.extmath import randomized_svd
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY, WIDTH = 8192, 128

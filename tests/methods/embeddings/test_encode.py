@@ -137,7 +137,7 @@ def test_the_second_time_sees_the_whole_text_and_the_first_does_not() -> None:
 
 def test_a_sentence_encoder_pools_in_its_own_way() -> None:
     made = SentenceEncoder.__new__(SentenceEncoder)
-    made.name = "sentences"
+    made.name, made.facts = "sentences", Stranger.facts
     for settings in ({"prompt": "plain"}, {"layer": 2}, {"pooling": "mean"}):
         with pytest.raises(Unsupported, match="'sentences' has a pooling of its own"):
             applied(Encode(**settings), made)  # type: ignore[arg-type]  # settings of several types
