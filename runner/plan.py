@@ -195,19 +195,20 @@ def _plan_experiment(
             {"method": each.spec, "task": task_spec, "model": model_spec, "reason": reason}
         )
 
-    fitting = []
-    for each in methods:
-        if each.method.capability != task.capability:
-            skip(each, f"it changes a {each.method.capability}, the task runs a {task.capability}")
-        else:
-            fitting.append(each)
+    fitting = [each for each in methods if each.method.capability == task.capability]
+    if fitting or request.names_methods:
+        for each in methods:
+            takes = each.method.capability
+            if takes != task.capability:
+                skip(each, f"it changes a {takes}, the task runs a {task.capability}")
     offered = capabilities(model_id)
     if offered and task.capability not in offered:
         for each in methods:
             skip(each, f"the task runs a {task.capability}, the model is {' or '.join(offered)}")
         return
-    if not fitting:
+    if not fitting and request.names_methods:
         return
+    # A suite whose methods are of another kind leaves the baseline.
     _baseline_first(fitting, task.capability, registry)
     if request.scenario == "throughput":
         for each in fitting:

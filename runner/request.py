@@ -26,6 +26,7 @@ class Request:
         hardware: `auto` or a profile's name.
         limit: Items of each task; None for all.
         limits: Items by the task's text, from a suite; `limit` wins.
+        names_methods: Whether the user named `methods`, or they are what a suite has.
         task_methods: Methods by the task's text, from a suite, in the place of `methods`.
         task_models: Models by the task's text, from a suite, in the place of `models`.
         seed: Seed of order, sampling and resampling.
@@ -47,6 +48,7 @@ class Request:
     hardware: str = "auto"
     limit: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
+    names_methods: bool = False
     task_methods: dict[str, tuple[str, ...]] = field(default_factory=dict)
     task_models: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seed: int = 0

@@ -173,6 +173,7 @@ def make_request(
         hardware=hardware or base.hardware,
         limit=limit,
         limits=base.limits if is_named or not tasks else {},
+        names_methods=bool(methods),
         task_methods={} if methods else _with_forms(base.task_methods, base.tasks, tasks),
         task_models={} if models else _with_forms(base.task_models, base.tasks, tasks),
         seed=base.seed if seed is None else seed,
