@@ -191,8 +191,7 @@ def _gensim_lines(name: str) -> list[str]:
     found = importlib.util.find_spec("gensim")
     if found is None or found.origin is None:
         raise Unsupported(
-            "this task needs gensim's test data, and gensim is not installed: "
-            "pip install gensim"
+            "this task needs gensim's test data, and gensim is not installed: pip install gensim"
         )
     path = Path(found.origin).parent / "test" / "test_data" / name
     try:
