@@ -142,7 +142,8 @@ def test_a_check_names_what_there_is(name: str, claim: str, check: Check):
 def test_all_that_a_task_and_model_need_is_one_request():
     (request,) = reproduce.requests(REGISTRY, ["token-recycling"], store=Path("somewhere"))
     (task,) = request.tasks
-    assert task.startswith("humaneval:") and "max_new_tokens=" in task
+    assert task.startswith("humaneval:")
+    assert "max_new_tokens=" in task
     assert request.task_methods == {}
     assert request.models == ("smollm2-135m",)
     assert request.store == Path("somewhere")
