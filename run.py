@@ -64,6 +64,9 @@ ScenarioName = Annotated[
 Store = Annotated[Path, typer.Option(file_okay=False, help="Folder of the results.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure finished cells again.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds that one sample may take.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Time that the run may take, 90s, 30m or 2h; then it stops.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Never reach for the network.")]
 Plugins = Annotated[
     list[Path] | None,
@@ -95,6 +98,7 @@ def run(
     store: Store = Request.store,
     fresh: Fresh = False,
     timeout: Timeout = None,
+    budget: Budget = None,
     offline: Offline = False,
     plugin: Plugins = None,
     audit: Annotated[
@@ -131,6 +135,7 @@ def run(
             fresh=fresh,
             audit=audit,
             timeout=timeout,
+            budget=budget,
             offline=offline,
         )
     )
@@ -551,8 +556,9 @@ def measure(request: Request) -> None:
         index = update_index(request.store, registry(request.plugins))
         output(tables.terminal(index, outcome.run_id))
     if outcome.interrupted:
+        why = "The budget is spent" if outcome.out_of_time else "Stopped"
         typer.echo(
-            f"Stopped. All that was measured is kept in {request.store}; the same command goes on "
+            f"{why}. All that was measured is kept in {request.store}; the same command goes on "
             "from there.",
             err=True,
         )

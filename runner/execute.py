@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
@@ -47,18 +48,25 @@ class Outcome:
     Attributes:
         run_id: Name of the run.
         failed: Cells that did not end well, or not at all; `unsupported` is an answer.
-        interrupted: Whether the user stopped it.
+        interrupted: Whether the user stopped it, or the budget was spent.
+        out_of_time: Whether it was the budget.
     """
 
     run_id: str
     failed: int
     interrupted: bool
+    out_of_time: bool = False
+
+
+class _OutOfTime(Exception):  # a signal, no error
+    """The run's budget is spent."""
 
 
 def execute(plan: Plan, listener: Listener) -> Outcome:
     """Measure what a plan asks for, and record the run.
 
-    Ctrl-C ends the worker; every finished sample is kept, and the same request goes on from there.
+    Ctrl-C ends the worker, and so does the end of the request's budget; every finished sample is
+    kept, and the same request goes on from there.
 
     Raises:
         results.store.StoreError: The store cannot be written.
@@ -75,12 +83,16 @@ def execute(plan: Plan, listener: Listener) -> Outcome:
         git_commit=detect.git_state(ROOT).commit or "",
     )
     store.write_run(record)
-    interrupted = False
+    interrupted = out_of_time = False
+    budget = plan.request.budget
+    deadline = math.inf if budget is None else time.monotonic() + budget
     try:
         for spec in plan.experiments:
-            _Supervisor(spec, store, listener).run()
+            _Supervisor(spec, store, listener, deadline).run()
     except KeyboardInterrupt:
         interrupted = True
+    except _OutOfTime:
+        interrupted = out_of_time = True
     status: Literal["interrupted", "finished"] = "interrupted" if interrupted else "finished"
     store.write_run(replace(record, finished=now(), status=status))
     fine = {
@@ -92,7 +104,7 @@ def execute(plan: Plan, listener: Listener) -> Outcome:
     # A cell without a record has failed too: its worker died before there was a shard to write to.
     failed = sum(pair not in fine for pair in plan.cells)
     listener(Event(kind="run", status=status))
-    return Outcome(plan.run_id, failed, interrupted)
+    return Outcome(plan.run_id, failed, interrupted, out_of_time)
 
 
 @dataclass
@@ -102,6 +114,7 @@ class _Supervisor:
     spec: ExperimentSpec
     store: Store
     listener: Listener
+    deadline: float = math.inf  # of the whole run, `time.monotonic`
     in_flight: str = ""  # cell_id of the sample that is running
     in_flight_item: str = ""
     since: float = 0.0
@@ -180,7 +193,13 @@ class _Supervisor:
         return None
 
     def _trouble(self, process: subprocess.Popen[bytes]) -> tuple[Status, str] | None:
-        """Return why the worker must be killed now, None if it may go on."""
+        """Return why the worker must be killed now, None if it may go on.
+
+        Raises:
+            _OutOfTime: The whole run must end.
+        """
+        if time.monotonic() > self.deadline:
+            raise _OutOfTime
         limit = self.spec.sample_timeout if self.in_flight else _PHASE_TIMEOUT
         if time.monotonic() - self.since > limit:
             what = f"item {self.in_flight_item}" if self.in_flight else self.phase

@@ -36,6 +36,7 @@ class Request:
         fresh: Measure finished cells again.
         audit: Look for methods that earn their numbers otherwise than it seems.
         timeout: Seconds that one sample may take.
+        budget: Seconds that the whole run may take; None for no limit.
         memory_bytes: Host memory that a worker may use; None for nine tenths of the machine's.
         offline: Never reach for the network.
         plugins: Python files that bring methods or tasks.
@@ -58,6 +59,7 @@ class Request:
     fresh: bool = False
     audit: bool = False
     timeout: float = 120.0
+    budget: float | None = None
     memory_bytes: int | None = None
     offline: bool = False
     plugins: tuple[Path, ...] = ()

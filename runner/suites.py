@@ -15,6 +15,7 @@ methods = ["prompt-lookup"]  # in the place of the suite's, as `models` would be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -118,6 +119,19 @@ def check_numbers(*, repeats: int, timeout: float, limit: int | None = None, see
         raise ValueError(f"seed must be 0 or more, got {seed}.")
 
 
+def seconds_of(text: str) -> float:
+    """Read a duration: `90s`, `30m`, `2h`, or seconds without a unit.
+
+    Raises:
+        UsageError: It is none, or not above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not seconds > 0:
+        raise UsageError(f"budget must be a duration such as 90s, 30m or 2h, got {text!r}.")
+    return seconds
+
+
 def load_suite(name: str, registry: Registry) -> Suite:
     """Read a suite by its name below `suites/`, or by the path of a `.toml` file.
 
@@ -149,6 +163,7 @@ def make_request(
     fresh: bool = False,
     audit: bool = False,
     timeout: float | None = None,
+    budget: str | None = None,
     offline: bool = False,
 ) -> Request:
     """Return the request that a suite and flags make together.
@@ -183,6 +198,7 @@ def make_request(
         fresh=fresh,
         audit=audit,
         timeout=base.timeout if timeout is None else timeout,
+        budget=None if budget is None else seconds_of(budget),
         offline=offline,
         plugins=tuple(registry.plugins),
         label=base.label if is_named or not (methods or tasks or models) else "",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,25 @@ def test_the_same_request_takes_up_what_was_interrupted(tmp_path: Path) -> None:
     again = [(s.cell_id, s.item_id, s.seconds) for s in store.samples(experiment_id)]
     assert again[: len(kept)] == kept
     assert len(again) == 2 * 4
+
+
+@pytest.mark.timeout(300)
+def test_a_spent_budget_stops_the_run_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    request = Request(
+        methods=("autoregressive", "twin:after=0"),
+        tasks=("parity:num_items=2",),
+        models=(save_model(tmp_path / "model"),),
+        store=tmp_path / "store",
+        plugins=(PLUGIN,),
+        budget=0.05,
+    )
+    events: list[object] = []
+    stopped = execute(make_plan(request), events.append)
+    assert stopped.interrupted
+    assert stopped.out_of_time
+    assert Store(request.store).run(stopped.run_id).status == "interrupted"
+    unlimited = replace(request, budget=3600.0, methods=("autoregressive",))
+    ended = execute(make_plan(unlimited), events.append)
+    assert not ended.interrupted
+    assert not ended.out_of_time
+    assert ended.failed == 0

@@ -199,3 +199,20 @@ def test_every_suite_of_the_tree_names_things_that_exist(name):
         build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")
     for model in suite.models:
         registry.find("model", parse_spec(model).name)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("45", 45), (" 1.5 H ", 5400)]
+)
+def test_a_budget_is_a_duration(text, seconds):
+    assert make_request(Registry(), budget=text).budget == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-3m", "0", "3d", "5 m 3 s"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(UsageError, match="such as 90s, 30m or 2h"):
+        make_request(Registry(), budget=text)
+
+
+def test_without_a_budget_there_is_no_limit():
+    assert make_request(Registry()).budget is None
