@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from models.base import Decoding, Generation, TextGenerator
+from models.constraints import ConstrainedDecoding
 from models.stopping import Stopper
 from results.records import SampleRecord
 from runner.certificate import Asked, difference
@@ -85,7 +86,9 @@ def miscount(generation: Generation, decoding: Decoding, model: TextGenerator) -
     end = stopper.find(generation.token_ids)
     if end.num_tokens != count:
         return f"{count} tokens are reported, but the text ended after {end.num_tokens}."
-    if not end.finish:
+    # Under a constraint a text may die: nothing that is allowed follows, and it says so.
+    has_died = isinstance(decoding, ConstrainedDecoding) and not generation.finish
+    if not end.finish and not has_died:
         return (
             f"the text ends after {count} of {decoding.max_new_tokens} tokens without an "
             "end-of-text token or a stop string."

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from models.base import Decoding, Forward, Generation, Trace
+from models.constraints import ConstrainedDecoding
+from models.regular import regex
 from models.text import CausalLM
 from runner.audit import chosen, miscount, overcount, shuffled
 from runner.guards import Damage, Ledger, ProcessGuard, WeightGuard
@@ -46,6 +48,15 @@ def said(ids: list[int], text: str, **decoding: object) -> str:
 )
 def test_honest_texts_have_no_complaint(ids, text, decoding) -> None:
     assert said(ids, text, **decoding) == ""
+
+
+def test_a_text_that_died_under_a_constraint_says_so_and_is_no_miscount() -> None:
+    decoding = ConstrainedDecoding(max_new_tokens=5, constraint=regex("abz"))
+    died = Generation((1, 2), "ab", "", Trace())
+    assert miscount(died, decoding, MODEL) == ""  # type: ignore[arg-type]  # as above
+    pretends = Generation((1, 2), "ab", "length", Trace())
+    assert "ends after 2 of 5" in miscount(pretends, decoding, MODEL)  # type: ignore[arg-type]
+    assert "ends after 2 of 5" in miscount(died, Decoding(max_new_tokens=5), MODEL)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
