@@ -241,7 +241,7 @@ def _own_numbers(cell: _Cell) -> dict[str, Any]:
         "repeats": int(cell.measured.sum(axis=1).max()),
         "output_tokens": None if tokens is None else int(tokens),
         "seconds_per_item": _ratio(seconds, float(cell.measured.sum())),
-        "tokens_per_second": _ratio(tokens, seconds),
+        "tokens_per_second": _ratio(tokens or None, seconds),  # an encoder emits none
         "tokens_per_forward": _ratio(cell.total("decode_tokens"), forwards),
         "acceptance_rate": _ratio(cell.total("accepted_tokens"), drafted),
         "joules_per_token": _ratio(cell.total("energy_j"), tokens),

@@ -332,13 +332,13 @@ class _Worker:
     # Measuring
 
     def _warm_up(self) -> None:
-        """Run held-out items with every method until the baseline's times are flat."""
+        """Run a held-out item with every method, then others until the baseline's times are flat."""
         self.processes = ProcessGuard()  # what loading and calibration left is not a method's
         items = list(self.task.warmup_items())
         before = 0.0
-        for item in (items[round_ % len(items)] for round_ in range(_WARMUP_ROUNDS)):
-            now = 0.0
-            for index, cell in enumerate(self.cells):
+        for round_ in range(_WARMUP_ROUNDS):
+            item, now = items[round_ % len(items)], 0.0
+            for index, cell in enumerate(self.cells[: 1 if round_ else None]):
                 measured = self._guarded(cell, item) if cell.is_open else None
                 if index == 0 and measured:
                     now = measured.reading.seconds / max(1, len(measured.result.token_ids))
