@@ -332,7 +332,7 @@ class _Worker:
     # Measuring
 
     def _warm_up(self) -> None:
-        """Run a held-out item with every method, then others until the baseline's times are flat."""
+        """Run an item with every method, and more with the baseline until its times are flat."""
         self.processes = ProcessGuard()  # what loading and calibration left is not a method's
         items = list(self.task.warmup_items())
         before = 0.0
