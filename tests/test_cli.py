@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import run
+from runner.execute import Outcome
 from runner.registry import ROOT
 from runner.request import Request, UsageError
 from tests.results.factory import make_store
@@ -317,6 +318,7 @@ def runs(monkeypatch, tmp_path):
     import runner.plan
 
     seen = SimpleNamespace(requests=[], cells=[("e", "c")], failed=0, interrupted=False)
+    seen.out_of_time = False
 
     def make_plan(request: Request):
         seen.requests.append(request)
@@ -329,7 +331,7 @@ def runs(monkeypatch, tmp_path):
         )
 
     def execute(plan, listener):
-        return SimpleNamespace(run_id="r", failed=seen.failed, interrupted=seen.interrupted)
+        return Outcome("r", seen.failed, seen.interrupted, seen.out_of_time)
 
     monkeypatch.setattr(runner.plan, "make_plan", make_plan)
     monkeypatch.setattr(runner.execute, "execute", execute)
@@ -350,7 +352,7 @@ def test_run_passes_every_flag_on(runs, tmp_path):
     flags = (
         "--method slow:size=2 --method autoregressive --task humaneval --model path:/m "
         f"--hardware l4 --limit 3 --seed 4 --repeats 5 --scenario fixed-length --store {tmp_path} "
-        f"--fresh --timeout 6 --offline --plugin {plugin}"
+        f"--fresh --timeout 6 --budget 2m --offline --plugin {plugin}"
     )
     assert run.main(["run", *flags.split()]) == 0
     assert runs.requests == [
@@ -366,6 +368,8 @@ def test_run_passes_every_flag_on(runs, tmp_path):
             store=tmp_path,
             fresh=True,
             timeout=6.0,
+            budget=120.0,
+            names_methods=True,
             offline=True,
             plugins=(plugin,),
         )
@@ -386,6 +390,12 @@ def test_a_stopped_run_ends_with_1_and_says_how_to_go_on(runs, capsys):
     shown = capsys.readouterr()
     assert "the table of r" in shown.out
     assert "the same command goes on from there" in shown.err
+
+
+def test_a_run_out_of_time_ends_with_1_and_says_so(runs, capsys):
+    runs.interrupted = runs.out_of_time = True
+    assert run.main(["run", "--budget", "1s"]) == 1
+    assert "The budget is spent" in capsys.readouterr().err
 
 
 def test_what_is_all_skipped_says_why(runs, capsys):

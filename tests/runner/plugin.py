@@ -85,7 +85,7 @@ class _Plugin(Method[TextGenerator]):
         after: Samples that go well first.
     """
 
-    after: int = 3
+    after: int = 2
     output = Output.IDENTICAL
     capability = "TextGenerator"
     wrapper: ClassVar[type[_Wrapped]] = _Wrapped
