@@ -8,7 +8,7 @@ rules run on the same kernels: the C ones on a CPU, torch's elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -143,11 +143,15 @@ class LayerCache(Protocol):
         A cache that is not `rotated` does not turn them: its keys all stand at position 0.
 
         Args:
-            queries: (width, heads, head_dim).
+            queries: (width, heads, head_dim), or one query in the place of all new tokens,
+                (1, heads, head_dim), which sees what the last of them sees.
             scale: Factor; 1 / sqrt(head_dim), the model's own, when None.
 
         Returns:
-            (heads, width, length), float32, -inf where a row lies behind its query.
+            (heads, queries, length), float32, -inf where a row lies behind its query.
+
+        Raises:
+            ValueError: There is another number of queries.
         """
         ...
 
@@ -218,6 +222,11 @@ class AttentionRule(Protocol):
         """
         ...
 
+    @property
+    def notes(self) -> Mapping[str, float | int | str]:
+        """What the rule settled and saw in the text, for its trace."""
+        ...
+
 
 class OpenSession(Protocol):
     """What a rule may ask of the session that it serves.
@@ -259,6 +268,11 @@ class Rule:
     def after_forward(self, session: OpenSession, new_tokens: Sequence[int]) -> None:
         """Nothing to note."""
 
+    @property
+    def notes(self) -> Mapping[str, float | int | str]:
+        """Nothing to tell."""
+        return {}
+
 
 class AttentionSession:
     """A `models.base.Session` whose attention is a rule's. One rule serves one session.
@@ -270,6 +284,7 @@ class AttentionSession:
         length: Tokens committed, those whose rows were dropped included.
         capacity: Tokens that fit at most.
         prompt_length: Tokens that came by `prefill`.
+        rule: What its layers attend to.
         work: What attention has read and computed so far.
         prompt_rows: Rows of keys and values that were read by `prefill`.
         matrix_flops: Operations of everything else, as `TextModelFacts.flops` counts them.
@@ -293,7 +308,7 @@ class AttentionSession:
             capacity: Tokens.
         """
         self._layers = layers
-        self._rule = rule
+        self.rule = rule
         self._facts = facts
         self._waiting: list[int] = []
         self.length = 0
@@ -316,7 +331,7 @@ class AttentionSession:
         ids = list(token_ids)
         self._check_room(len(ids))
         read_before = self.work.rows
-        observes = self._rule.observes
+        observes = self.rule.observes
         dense = 0 if observes is None else max(len(ids) - observes, 0)
         logits: list[Tensor] = []
         start = 0
@@ -329,8 +344,8 @@ class AttentionSession:
             self._committed(ids[:dense], is_prompt=True)
             start = dense
         while start < len(ids):
-            attend = _attend_to_all if start < dense else self._rule.attend
-            end = min(start + self._rule.chunk, dense if start < dense else len(ids))
+            attend = _attend_to_all if start < dense else self.rule.attend
+            end = min(start + self.rule.chunk, dense if start < dense else len(ids))
             first = 0 if all_logits else end - start - 1 if end == len(ids) else None
             piece = ids[start:end]
             self._announce(in_prompt=True, ends_prompt=end == len(ids))
@@ -359,7 +374,7 @@ class AttentionSession:
         self._check_room(len(tree))
         self._waiting = tree.tokens.tolist()
         self._announce(in_prompt=False, ends_prompt=False)
-        logits = self._layers.forward(self._waiting, self.length, self._rule.attend, first_logit=0)
+        logits = self._layers.forward(self._waiting, self.length, self.rule.attend, first_logit=0)
         assert logits is not None
         self._count(len(tree), len(tree))
         return logits
@@ -413,7 +428,7 @@ class AttentionSession:
         self._waiting = []
         caches = self._layers.caches
         self.work.kept_rows = 2 * sum(cache.rows * cache.shape.kv_heads for cache in caches)
-        self._rule.after_forward(self, tokens)
+        self.rule.after_forward(self, tokens)
 
     def _count(self, width: int, logits: int) -> None:
         """Count a forward's matrices and what its caches hold."""
@@ -506,8 +521,8 @@ class AttentionLM:
         Bytes are those of the rows of keys and values that attention gathered, `AttentionWork`;
         operations are those of attention and of the model's matrices. Notes are added:
         `decode_kv_bytes` (those of the bytes that no prefill read), `kept_tokens` (tokens held at
-        the end, mean over layers), `kept_ratio` (of all committed ones) and `peak_kv_bytes` (see
-        `AttentionSession`).
+        the end, mean over layers), `kept_ratio` (of all committed ones), `peak_kv_bytes` (see
+        `AttentionSession`) and those of the rule.
 
         Raises:
             ValueError: No session was opened.
@@ -523,6 +538,7 @@ class AttentionLM:
         trace.notes["kept_tokens"] = session.kept_tokens
         trace.notes["kept_ratio"] = session.kept_tokens / max(session.length, 1)
         trace.notes["peak_kv_bytes"] = session.peak_kv_bytes
+        trace.notes.update(session.rule.notes)
 
     def synchronize(self) -> None:
         """Wait until the device has finished what it was given."""

@@ -196,7 +196,7 @@ class RowCache:
 
     def scores(self, queries: Tensor, *, scale: float | None = None) -> Tensor:
         """See `models.attention.LayerCache.scores`."""
-        self._count_all(values=False)
+        self._count_scores(queries)
         return self._products(queries, self.keys, self.shape.scale if scale is None else scale)
 
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
@@ -388,14 +388,14 @@ class RowCache:
         return visible.repeat_interleave(self._group, dim=0)
 
     def _products(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-        kv_heads, group, width = self.shape.kv_heads, self._group, self.width
+        kv_heads, group, width = self.shape.kv_heads, self._group, queries.shape[0]
         grouped = queries.transpose(0, 1).reshape(kv_heads, group * width, -1)
         products = (grouped @ keys.transpose(1, 2)).float() * scale
         products = products.view(kv_heads * group, width, self.length)
         visible = self._visible()
         if visible is None:
             return products
-        return products.masked_fill_(~self._per_head(visible), -torch.inf)
+        return products.masked_fill_(~self._per_head(visible[:, -width:]), -torch.inf)
 
     def _drop(self, sets: Tensor) -> None:
         """Keep the rows of each key-value head that are chosen and committed."""
@@ -430,6 +430,22 @@ class RowCache:
         # Pairs beyond a window are counted: the kernels visit them, and so does the baseline.
         pairs = self.width * self._offset + self.width * (self.width + 1) // 2
         self._count(rows, rows if values else 0, pairs, products=1 + values)
+
+    def _count_scores(self, queries: Tensor) -> None:
+        """Count the scores of all rows for the new tokens, or for one query in their place.
+
+        Raises:
+            ValueError: There are as many queries as neither.
+        """
+        if queries.shape[0] == self.width:
+            self._count_all(values=False)
+        elif queries.shape[0] == 1:
+            self._count(self.shape.kv_heads * self.length, 0, self.length, products=1)
+        else:
+            raise ValueError(
+                f"scores are for the {self.width} new tokens or for one query in their place, got "
+                f"{queries.shape[0]}."
+            )
 
     def _pairs(self, visible: Tensor | None, chosen: int) -> float:
         """Return the pairs of query and row that are seen, in the mean over heads."""

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from models.attention_cache import CacheShape, RowCache
-from models.native.llama import NativeLayerwise, NativeLlama, NativeSession
+from models.native.llama import PREFILL_WIDTH, NativeLayerwise, NativeLlama, NativeSession
 
 if TYPE_CHECKING:
     from models.attention import AttentionWork
     from models.attention_torch import Attend
-
-
-_PIECE = 96  # as `models.native.llama` reads prompts
 
 
 class NativeLayers:
@@ -61,7 +58,7 @@ class NativeLayers:
         self._tables = tables
         self._layers = kernels.layerwise(capacity, tables)
         self._dense = NativeSession(kernels, capacity, 1)
-        self._memory = self._dense._cache
+        self._memory = self._dense.memory
         shape = CacheShape(
             kernels.num_heads,
             kernels.num_kv_heads,
@@ -145,8 +142,8 @@ class NativeLayers:
     def _read_far(self, token_ids: list[int], *, all_logits: bool) -> Tensor:
         """Read a text beyond the positions that the model's own forward has tables for."""
         logits: list[Tensor] = []
-        for start in range(0, len(token_ids), _PIECE):
-            piece = token_ids[start : start + _PIECE]
+        for start in range(0, len(token_ids), PREFILL_WIDTH):
+            piece = token_ids[start : start + PREFILL_WIDTH]
             is_last = start + len(piece) == len(token_ids)
             first = 0 if all_logits else len(piece) - 1 if is_last else None
             found = self.forward(
@@ -199,9 +196,10 @@ class NativeCache(RowCache):
 
     def scores(self, queries: Tensor, *, scale: float | None = None) -> Tensor:
         """See `models.attention.LayerCache.scores`."""
-        self._count_all(values=False)
+        self._count_scores(queries)
         scale = self.shape.scale if scale is None else scale
-        return self._layers.scores(queries.contiguous(), self._keys, self._offset, scale)
+        before = self.length - queries.shape[0]
+        return self._layers.scores(queries.contiguous(), self._keys, before, scale)
 
     def _full(self, queries: Tensor, raw: Tensor | None = None) -> Tensor:
         keys = self._keys

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from models.attention_cache import CacheShape, RowCache
 from models.base import Unsupported
-from models.text import TransformersSession, _PreallocatedLayer, _windows
+from models.text import PreallocatedLayer, TransformersSession, attention_windows
 
 if TYPE_CHECKING:
     from models.attention import AttentionWork, LayerCache
@@ -50,7 +50,7 @@ class TorchLayers:
         self._decoder = module.model
         parameter = next(module.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
-        memory = [_PreallocatedLayer(capacity) for _ in windows]
+        memory = [PreallocatedLayer(capacity) for _ in windows]
         self._dense = TransformersSession(module, capacity, memory)
         self._rotated = rotated
         attention = self._decoder.layers[0].self_attn
@@ -210,7 +210,7 @@ def layer_windows(module: Any) -> list[int | None]:
             f"rotary positions of type '{rope}' change with the length of the text, so cached "
             f"keys cannot be turned to other positions."
         )
-    windows = _windows(config)
+    windows = attention_windows(config)
     kinds = getattr(config, "layer_types", None) or (
         [next(iter(windows))] * config.num_hidden_layers
     )

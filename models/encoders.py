@@ -197,7 +197,23 @@ class _Layer(NamedTuple):
     parameters: int
 
 
-class CausalEncoder:
+class _OnDevice:
+    """What both kinds of encoders have: weights that are somewhere."""
+
+    module: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device  # type: ignore[no-any-return]  # a torch.device
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class CausalEncoder(_OnDevice):
     """A `models.base.TextEncoder` over a causal language model of transformers.
 
     Attributes:
@@ -256,11 +272,6 @@ class CausalEncoder:
         changed.batching = batching or self.batching
         changed.facts = changed._facts()
         return changed
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device  # type: ignore[no-any-return]  # a torch.device
 
     @property
     def num_layers(self) -> int:
@@ -327,11 +338,6 @@ class CausalEncoder:
             trace=trace,
         )
 
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def prompts(self, text: str, *, with_placeholder: bool = False) -> list[Prompt]:
         """Return the prompts of a text, one for each template."""
         text = self._cut(text)
@@ -386,7 +392,8 @@ class CausalEncoder:
             ids.pop()
             places.pop()
         if not ids:
-            ids, places = [hub.bos_token_id or hub.eos_token_id or 0], [(0, 0)]
+            ends = (hub.bos_token_id, hub.eos_token_id, 0)
+            ids, places = [next(each for each in ends if each is not None)], [(0, 0)]
         return _Tokens(ids, places)
 
     def _padded(self, prompts: Sequence[Prompt]) -> PromptBatch:
@@ -455,7 +462,7 @@ class CausalEncoder:
             if placeholder is not None:
                 embedding = self.module.get_input_embeddings()
                 stack.enter_context(_removed(embedding.register_forward_hook(embedded)))
-            for index in range(depth + 1 if depth < self.num_layers else depth):
+            for index in range(min(depth + 1, self.num_layers)):
                 if before_layer is None and index != depth:
                     continue
                 handle = self._layers[index].module.register_forward_pre_hook(
@@ -497,7 +504,7 @@ class CausalEncoder:
         )
 
 
-class SentenceEncoder:
+class SentenceEncoder(_OnDevice):
     """A `models.base.TextEncoder` over a model of sentence-transformers, with its own pooling.
 
     Attributes:
@@ -541,11 +548,6 @@ class SentenceEncoder:
         changed.facts = replace(self.facts, max_tokens=changed.max_tokens)
         return changed
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device  # type: ignore[no-any-return]  # a torch.device
-
     def encode(self, texts: Sequence[str]) -> Encoding:
         """Embed texts by the model's own modules."""
         trace = Trace()
@@ -570,11 +572,6 @@ class SentenceEncoder:
         trace.flops = sum(self._flops(length) for length in lengths)
         trace.notes |= {"layers": self.facts.num_layers, "padded_tokens": padded}
         return Encoding(vectors=vectors, token_counts=tuple(lengths), trace=trace)
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _preprocessed(self, texts: list[str]) -> dict[str, Any]:
         before = self.module.max_seq_length

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.base import Unsupported
 from models.draft_tree import DraftTree
-from models.text import TransformersSession, _PreallocatedLayer, _windows, tree_mask
+from models.text import PreallocatedLayer, TransformersSession, attention_windows, tree_mask
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Nodes that a recorded forward may have; wider trees run unrecorded."""
@@ -139,7 +139,7 @@ class _Recorded:
         self._config = config
         self._device = next(module.parameters()).device
         self._dtype = next(module.parameters()).dtype
-        self._windows = _windows(config)
+        self._windows = attention_windows(config)
         self._widths: dict[int, _Width] = {}
 
     def forward(self, tree: DraftTree, length: int, width: int) -> Tensor:
@@ -215,7 +215,7 @@ class _Width:
         self.replay: Callable[[], Tensor] | None = None
 
 
-class _StaticLayer(_PreallocatedLayer):
+class _StaticLayer(PreallocatedLayer):
     """A layer of the buffers; while `written` is set, it writes there and shows all of itself."""
 
     def __init__(self, recorded: _Recorded, number: int) -> None:

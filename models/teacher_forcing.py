@@ -87,7 +87,7 @@ def force(
     Raises:
         Unsupported: Prompt and continuation do not fit the model's context.
         ValueError: One of them is empty.
-        InvalidOutput: The model returned NaN.
+        InvalidOutput: A loss is no finite number.
     """
     losses, trace = _run(model, prompt_ids, continuation_ids)
     size = len(model.tokenizer.decode(continuation_ids).encode())

@@ -117,7 +117,7 @@ class TransformersSession:
     """
 
     def __init__(
-        self, module: Any, capacity: int, layers: Sequence[_PreallocatedLayer] | None = None
+        self, module: Any, capacity: int, layers: Sequence[PreallocatedLayer] | None = None
     ) -> None:
         """Open an empty cache.
 
@@ -131,10 +131,10 @@ class TransformersSession:
         self._device = next(module.parameters()).device
         self._dtype = next(module.parameters()).dtype
         self._layers = layers or [
-            _PreallocatedLayer(capacity) for _ in range(self._config.num_hidden_layers)
+            PreallocatedLayer(capacity) for _ in range(self._config.num_hidden_layers)
         ]
         self._cache = Cache(layers=list(self._layers))
-        self._windows = _windows(self._config)
+        self._windows = attention_windows(self._config)
         self.length = 0
         self.capacity = capacity
 
@@ -283,7 +283,7 @@ class _GrowingNativeSession(NativeSession):
         return logits
 
 
-class _PreallocatedLayer(CacheLayerMixin):
+class PreallocatedLayer(CacheLayerMixin):
     """Keys and values of one layer in memory that is reserved once."""
 
     keys: Tensor
@@ -295,6 +295,7 @@ class _PreallocatedLayer(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reserve memory like the states, (batch, kv_heads, tokens, head_dim)."""
         for name, states in (("keys", key_states), ("values", value_states)):
             batch, heads, _, size = states.shape
             setattr(self, name, states.new_empty(batch, heads, self.capacity, size))
@@ -303,6 +304,7 @@ class _PreallocatedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Write new states behind the cached ones; return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
@@ -311,12 +313,15 @@ class _PreallocatedLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length of the keys and the offset of the first."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
+        """Return the tokens cached."""
         return self.length
 
     def get_max_length(self) -> int:
+        """Return the tokens that fit."""
         return self.capacity
 
 
@@ -374,7 +379,7 @@ def model_facts(module: Any) -> TextModelFacts:
     )
 
 
-def _windows(config: Any) -> dict[str, int | None]:
+def attention_windows(config: Any) -> dict[str, int | None]:
     """Return the attention window of each layer type; None for full attention."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,30 +30,25 @@ PromptMode = Literal["dense", "streamed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetedAttention(Method[TextGenerator]):
-    """A method that is a rule for attention, with a budget of tokens.
+class RuledAttention(Method[TextGenerator]):
+    """A method that is a rule for attention."""
 
-    Attributes:
-        budget: Tokens of a text that count; the method says how. A model whose longest text fits
-            is left alone.
-    """
-
-    budget: int = 256
     capability = "TextGenerator"
     output = Output.APPROXIMATE
-    neutral = MappingProxyType({"budget": NOTHING_DROPPED})
 
     @abstractmethod
     def rule(self) -> AttentionRule:
         """Return the rule of one text."""
 
     @property
+    @abstractmethod
+    def most_tokens(self) -> int:
+        """Tokens up to which a text loses none; a model whose longest text fits is left alone."""
+
+    @property
     def longest_text(self) -> int | None:
         """Most tokens of a text, where the method lifts the model's own limit."""
         return None
-
-    def __post_init__(self) -> None:
-        require_tokens("budget", self.budget, 1)
 
     @contextmanager
     def apply(self, model: TextGenerator, hardware: Profile) -> Iterator[TextGenerator]:
@@ -64,10 +59,82 @@ class BudgetedAttention(Method[TextGenerator]):
                 f"'{getattr(model, 'name', type(model).__name__)}' is none."
             )
         # Where no text is long enough to lose a token, the model's own sessions are the answer.
-        if self.budget >= model.facts.max_positions:
+        if self.most_tokens >= model.facts.max_positions:
             yield model
         else:
             yield AttentionLM(model, self.rule, max_positions=self.longest_text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetedAttention(RuledAttention):
+    """A rule for attention with a budget of tokens.
+
+    Attributes:
+        budget: Tokens of a text that count; the method says how. A model whose longest text fits
+            is left alone.
+    """
+
+    budget: int = 256
+    neutral = MappingProxyType({"budget": NOTHING_DROPPED})
+
+    def __post_init__(self) -> None:
+        require_tokens("budget", self.budget, 1)
+
+    @property
+    def most_tokens(self) -> int:
+        """The budget."""
+        return self.budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatestAttention(BudgetedAttention):
+    """A budget for the latest tokens, within which a prompt may be read too.
+
+    Attributes:
+        prompt: `dense` reads a prompt with full attention and then cuts it down; `streamed` reads
+            it within the budget too, and texts may be longer than the model's context. A task that
+            cuts prompts to the context then cuts this method's later than the baseline's; give the
+            task a `max_length` to compare the two on the same tokens.
+        chunk: Tokens of a streamed prompt that are read at once, on top of the budget.
+    """
+
+    prompt: PromptMode = "dense"
+    chunk: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_tokens("chunk", self.chunk, 1)
+        if self.prompt not in get_args(PromptMode):
+            raise ValueError(f"prompt must be dense or streamed, got {self.prompt!r}.")
+
+    @property
+    def longest_text(self) -> int | None:
+        """No limit for streamed texts: no distance ever exceeds the budget."""
+        return NOTHING_DROPPED if self.prompt == "streamed" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedBudget(BudgetedAttention):
+    """A budget that the latest tokens share with chosen ones from before them.
+
+    Attributes:
+        recent_share: Share of the budget that goes to the latest tokens, in [0, 1].
+    """
+
+    recent_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share: object = self.recent_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(
+                f"recent_share must lie in [0, 1], got {share!r}. It is a share of the budget."
+            )
+
+    @property
+    def recent(self) -> int:
+        """Latest tokens that stay in any case."""
+        return round(self.budget * self.recent_share)
 
 
 class EvictingRule(Rule, ABC):
@@ -194,15 +261,3 @@ def require_tokens(name: str, value: object, low: int) -> None:
             f"{name} must be a whole number of at least {low}, got {value!r}. It is counted in "
             "tokens."
         )
-
-
-def require_share(name: str, value: object) -> None:
-    """Raise ValueError unless `value` lies in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {value!r}. It is a share of the budget.")
-
-
-def require_prompt_mode(value: object) -> None:
-    """Raise ValueError unless `value` is a `PromptMode`."""
-    if value not in ("dense", "streamed"):
-        raise ValueError(f"prompt must be dense or streamed, got {value!r}.")

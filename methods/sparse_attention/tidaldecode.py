@@ -32,8 +32,8 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.sparse_attention.common import BudgetedAttention, require_tokens
-from models.attention import AttentionLM, LayerCache, OpenSession, Rule
-from models.base import TextGenerator, TextModelFacts, Trace, Unsupported
+from models.attention import LayerCache, OpenSession, Rule
+from models.base import TextGenerator, TextModelFacts, Unsupported
 
 Share = Literal["per_head", "per_kv_head", "all"]
 
@@ -226,25 +226,6 @@ class TidalRule(Rule):
         self.chosen = chosen
 
 
-class TidalLM(AttentionLM):
-    """A model whose decoding steps are sparse, and whose traces say what was selected."""
-
-    def __init__(self, model: Any, settings: TidalDecode) -> None:
-        """Wrap a model; see `models.attention.AttentionLM`."""
-        self._rule = settings.rule()
-
-        def make_rule() -> TidalRule:
-            self._rule = settings.rule()
-            return self._rule
-
-        super().__init__(model, make_rule)
-
-    def account(self, trace: Trace) -> None:
-        """See `models.attention.AttentionLM.account`; adds the notes of the rule."""
-        super().account(trace)
-        trace.notes.update(self._rule.notes)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TidalDecode(BudgetedAttention):
     """Positions selected in two layers, attended to in all above.
@@ -328,7 +309,7 @@ class TidalDecode(BudgetedAttention):
             yield model  # nothing is sparse in it
             return
         with super().apply(model, hardware) as applied:
-            yield applied if applied is model else TidalLM(model, self)
+            yield applied
 
     @property
     def _reselected(self) -> tuple[int, ...]:

@@ -14,14 +14,14 @@ whole; tokens selected together (`block`) are ours, as the control that the pape
 
 What corresponds to the paged dot-product kernel: it reads the keys where they lie, through a table
 of pages, and writes one score for each head and token. Here a layer's keys are one run of memory,
-so its pages are views: nothing is gathered or copied to be scored, and values are not touched.
+and `LayerCache.scores` reads them there: nothing is gathered or copied to be scored, and values are
+not touched.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, get_args
@@ -30,18 +30,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hardware.profile import Profile
-from methods.base import Method, Output
-from models.attention import AttentionLM, LayerCache, OpenSession
-from models.base import TextGenerator, TextModelFacts, Trace, Unsupported
+from methods.sparse_attention.common import NOTHING_DROPPED, RuledAttention
+from models.attention import LayerCache, Rule
+from models.base import TextModelFacts
 
 Vote = Literal["soft", "hard", "logits", "per_head"]
 RopeMode = Literal["compact", "absolute"]
 
 # Texts are no longer bounded by the model's positions then, but by memory.
 UNBOUNDED: Final = 1 << 24
-# Keys of a page, scored at a time; few enough that converting half precision stays in the cache.
-PAGE_ROWS: Final = 4096
 
 
 def summarise(queries: Tensor) -> Tensor:
@@ -60,28 +57,6 @@ def reference_order(heads: int, kv_heads: int) -> Tensor:
     grouped product of a model, number h // (heads / kv_heads), does the same.
     """
     return torch.arange(heads).view(-1, kv_heads).T.reshape(-1)
-
-
-def paged_scores(summary: Tensor, keys: Tensor, *, page_rows: int = PAGE_ROWS) -> Tensor:
-    """Return the products of a query with all keys, page by page and without a copy of them.
-
-    Args:
-        summary: (heads, head_dim); head h reads key-value head h // (heads / kv_heads).
-        keys: (kv_heads, tokens, head_dim), a view of the cache.
-        page_rows: Keys of a page.
-
-    Returns:
-        (heads, tokens), float32.
-    """
-    kv_heads, tokens, head_dim = keys.shape
-    grouped = summary.view(kv_heads, -1, head_dim)
-    scores = torch.empty(
-        kv_heads, grouped.shape[1], tokens, dtype=torch.float32, device=keys.device
-    )
-    for start in range(0, tokens, page_rows):
-        page = keys[:, start : start + page_rows]
-        scores[:, :, start : start + page_rows] = grouped @ page.transpose(1, 2)
-    return scores.flatten(0, 1)
 
 
 def count_votes(
@@ -148,7 +123,7 @@ class Selection(NamedTuple):
     start: int
 
 
-class TokenSelectRule:
+class TokenSelectRule(Rule):
     """Attention of one text; see `models.attention.AttentionRule`.
 
     Attributes:
@@ -156,8 +131,6 @@ class TokenSelectRule:
         observes: All of the prompt goes through the selection.
         selects_always: Select also where everything fits into the budget; for tests.
         selected: Rows that the last selection or reuse of each layer attends to, (sets, rows).
-        paged_key_rows, paged_flops: Rows of keys scored for chunks, and the operations of that;
-            they are read past the caches, which count all else.
     """
 
     observes: int | None = None
@@ -172,8 +145,6 @@ class TokenSelectRule:
         # By layer, of decoding steps that had something to select.
         self._selections: Counter[int] = Counter()
         self._reuses: Counter[int] = Counter()
-        self.paged_key_rows = 0
-        self.paged_flops = 0.0
         self._max_position = self._attended_tokens = 0
         # Of decoding steps: tokens scored, attended to, and cached, summed over layers.
         self._scored = self._attended = self._cached = 0
@@ -207,9 +178,6 @@ class TokenSelectRule:
         if not is_compact:
             return cache.attend_rows(queries, rows)
         return cache.attend_rows(queries, rows, positions=torch.arange(chosen, device=rows.device))
-
-    def after_forward(self, session: OpenSession, new_tokens: Sequence[int]) -> None:
-        """Nothing to do: selections are made where they are used."""
 
     @property
     def notes(self) -> Mapping[str, float | int | str]:
@@ -304,15 +272,10 @@ class TokenSelectRule:
         order = None if self._order is None else self._order.to(summary.device)
         asked = summary if order is None else summary[order]
         scale = head_dim**-0.5 if settings.scale_scores else 1.0
-        if cache.width == 1:
-            # Rows beyond a layer's window are -inf; where all are, a softmax would be NaN.
-            seen = cache.scores(asked[None], scale=scale)[:, 0, settings.n_init : start]
-            scores = seen.clamp(min=torch.finfo(torch.float32).min / heads)
-        else:
-            # The cache scores one query for each new token; here one stands for all of them.
-            scores = paged_scores(asked, cache.keys[:, settings.n_init : start]).mul_(scale)
-            self.paged_key_rows += cache.keys.shape[0] * scores.shape[1]
-            self.paged_flops += 2.0 * head_dim * scores.numel()
+        # One query stands for all new tokens. Rows beyond a layer's window are -inf; where all are,
+        # a softmax would be NaN.
+        seen = cache.scores(asked[None], scale=scale)[:, 0, settings.n_init : start]
+        scores = seen.clamp(min=torch.finfo(torch.float32).min / heads)
         if order is not None:
             scores = torch.empty_like(scores).index_copy_(0, order, scores)
         votes = count_votes(
@@ -338,35 +301,8 @@ class TokenSelectRule:
             self._cached += cache.length
 
 
-class TokenSelectLM(AttentionLM):
-    """A model whose attention is selected, and whose traces say what was."""
-
-    def __init__(self, model: TextGenerator, settings: TokenSelect) -> None:
-        """Wrap a model; nothing in it is changed.
-
-        Raises:
-            models.base.Unsupported: Its attention cannot be changed.
-        """
-        self._rule = TokenSelectRule(settings)
-
-        def make_rule() -> TokenSelectRule:
-            self._rule = TokenSelectRule(settings)
-            return self._rule
-
-        is_extrapolating = settings.rope_mode == "compact"
-        super().__init__(model, make_rule, max_positions=UNBOUNDED if is_extrapolating else None)
-
-    def account(self, trace: Trace) -> None:
-        """See `models.attention.AttentionLM.account`; adds what chunks scored, and notes."""
-        super().account(trace)
-        rule, facts = self._rule, self.facts
-        trace.flops += rule.paged_flops
-        trace.kv_bytes += rule.paged_key_rows * facts.head_dim * facts.kv_item_bytes
-        trace.notes.update(rule.notes)
-
-
 @dataclass(frozen=True, kw_only=True)
-class TokenSelect(Method[TextGenerator]):
+class TokenSelect(RuledAttention):
     """Attention to the tokens that the heads of a layer vote for together.
 
     Attributes:
@@ -401,9 +337,7 @@ class TokenSelect(Method[TextGenerator]):
     block: int = 1
     scale_scores: bool = True
     reference_head_map: bool = False
-    capability = "TextGenerator"
-    output = Output.APPROXIMATE
-    neutral = MappingProxyType({"k": 1_000_000})
+    neutral = MappingProxyType({"k": NOTHING_DROPPED})
     # The battery's texts are shorter than the default budget.
     trial = MappingProxyType({"n_init": 1, "k": 3, "n_local": 4, "chunk": 4})
 
@@ -444,14 +378,16 @@ class TokenSelect(Method[TextGenerator]):
         """Tokens that a query attends to at most."""
         return self.n_init + self.k + self.n_local
 
-    @contextmanager
-    def apply(self, model: TextGenerator, hardware: Profile) -> Iterator[TextGenerator]:
-        """Yield the model with its attention selected; the model itself is not touched."""
-        if not isinstance(model, TextGenerator):
-            raise Unsupported(
-                "'tokenselect' needs a text generator; "
-                f"'{getattr(model, 'name', type(model).__name__)}' is none."
-            )
-        # Where no text is long enough to lose a token, the model's own sessions are the answer.
-        longest = model.facts.max_positions
-        yield model if self.budget >= longest else TokenSelectLM(model, self)
+    @property
+    def most_tokens(self) -> int:
+        """The budget."""
+        return self.budget
+
+    @property
+    def longest_text(self) -> int | None:
+        """Bounded by memory where positions are counted within the choice."""
+        return UNBOUNDED if self.rope_mode == "compact" else None
+
+    def rule(self) -> TokenSelectRule:
+        """Return the rule of one text."""
+        return TokenSelectRule(self)

@@ -50,7 +50,7 @@ _FUNCTIONS = {
     "compact": [*[_POINTER] * 2, *[_INT] * 5],
 }
 # Prompts are read in pieces: wide enough that weights are reused, small enough for the cache.
-_PREFILL_WIDTH = 96
+PREFILL_WIDTH = 96
 _PACKED: weakref.WeakKeyDictionary[nn.Module, NativeLlama] = weakref.WeakKeyDictionary()
 
 
@@ -215,6 +215,7 @@ class NativeLayerwise:
         self._address = address
         self._cos, self._sin = cos, sin
         self._nodes = 0
+        self._lanes = int(library.lanes())
         self._states = torch.empty(0)
         self._scores = torch.empty(0)
 
@@ -224,9 +225,16 @@ class NativeLayerwise:
             self._nodes = nodes
             floats = self._library.advance_floats(self._address, nodes, self._model.threads)
             self._states = torch.empty(floats)
-        floats = self._model.threads * (rows + 2 * int(self._library.lanes()))
-        if floats > len(self._scores):
+        if (floats := self._score_floats(rows)) > len(self._scores):
             self._scores = torch.empty(floats)
+
+    def _score_floats(self, rows: int) -> int:
+        """Return the memory that all threads need for scores of so many rows each."""
+        return self._model.threads * (rows + 2 * self._lanes)
+
+    def _require_reserved(self, rows: int) -> None:
+        if self._score_floats(rows) > len(self._scores):
+            raise ValueError(f"attention to {rows} rows was not reserved: call reserve first.")
 
     def advance(
         self,
@@ -299,6 +307,7 @@ class NativeLayerwise:
             (nodes, heads, head_dim).
         """
         nodes, heads, head_dim = queries.shape
+        self._require_reserved(offset + nodes)
         out = torch.empty_like(queries)
         self._library.attend_all(
             queries.data_ptr(),
@@ -341,6 +350,7 @@ class NativeLayerwise:
             ValueError: Rows do not ascend or do not exist, or a node is left without any.
         """
         nodes, heads, head_dim = queries.shape
+        self._require_reserved(rows.shape[1])
         out = torch.empty_like(queries)
         pairs = ctypes.c_int64()
         problem = self._library.attend_sets(
@@ -435,8 +445,8 @@ class NativeSession:
         # With all logits the pieces' rows go to one tensor; else only the last token's row matters.
         rows = len(token_ids) if all_logits else 1
         logits = torch.empty(rows, self._model.vocab_size, dtype=torch.float32)
-        for start in range(0, len(token_ids), _PREFILL_WIDTH):
-            piece = np.asarray(token_ids[start : start + _PREFILL_WIDTH], dtype=np.int64)
+        for start in range(0, len(token_ids), PREFILL_WIDTH):
+            piece = np.asarray(token_ids[start : start + PREFILL_WIDTH], dtype=np.int64)
             width = len(piece)
             self._reserve(width, self.capacity)
             self._model.forward(
@@ -477,6 +487,11 @@ class NativeSession:
             window = self._cache[:, :, :, self.length : self.length + kept]
             window.copy_(self._cache.index_select(3, rows))
         self.length += kept
+
+    @property
+    def memory(self) -> Tensor:
+        """All that is reserved, (2, layers, kv_heads, capacity, head_dim), keys first."""
+        return self._cache
 
     def cached(self) -> tuple[Tensor, Tensor]:
         """Return the committed keys and values, (layers, kv_heads, length, head_dim) each."""

@@ -323,6 +323,35 @@ def test_scores_are_products_of_queries_with_the_keys_of_their_own_head(kernels:
     probed(model_of("llama-9-3", kernels), look, STEPS[1:3])
 
 
+@pytest.mark.parametrize(("architecture", "kernels"), MODELS)
+def test_one_query_in_the_place_of_all_sees_what_the_last_one_sees(
+    architecture: str, kernels: str
+) -> None:
+    def look(queries: Tensor, cache: LayerCache) -> None:
+        of_all, of_last = cache.scores(queries), cache.scores(queries[-1:])
+        torch.testing.assert_close(of_last, of_all[:, -1:])
+        assert of_last.shape == (len(of_all), 1, cache.length)
+        with pytest.raises(ValueError, match=r"for the 3 new tokens or for one query .* got 2"):
+            cache.scores(queries[:2])
+
+    session = probed(model_of(architecture, kernels), look, STEPS[1:3])
+    facts = model_of(architecture, kernels).facts
+    # All rows once for the three queries, and once for the one.
+    assert session.work.key_rows - session.work.value_rows == 2 * facts.num_kv_heads * 15
+
+
+@pytest.mark.skipif(compiler() is None, reason="the native kernels need a C compiler")
+def test_native_attention_without_memory_for_its_scores_is_refused() -> None:
+    model = model_of("llama-9-3", "native")
+
+    def look(queries: Tensor, cache: LayerCache) -> None:
+        layers = AttentionLM(model, Rule).session(4)._layers._layers  # of a text not begun
+        with pytest.raises(ValueError, match="attention to 15 rows was not reserved"):
+            layers.attend(queries, cache.keys, cache.values, 12, 0.25)
+
+    probed(model, look, STEPS[1:3])
+
+
 CHOSEN = torch.tensor([0, 1, 5, 8, 12, 13])
 PLACES = torch.arange(6) + 3
 

@@ -20,7 +20,6 @@ from methods.sparse_attention.tokenselect import (
     TokenSelectRule,
     Vote,
     count_votes,
-    paged_scores,
     rank,
     reference_order,
     summarise,
@@ -267,12 +266,18 @@ def loop_votes(queries: Tensor, keys: Tensor) -> tuple[list[list[float]], list[f
     return scores, votes
 
 
+def products(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return queries, (heads, size), times keys, (kv_heads, tokens, size): (heads, tokens)."""
+    own = keys.repeat_interleave(len(queries) // len(keys), dim=0)
+    return torch.einsum("hd,hnd->hn", queries, own)
+
+
 def test_votes_are_those_of_explicit_loops_and_add_up_to_the_heads() -> None:
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(4, 6, generator=generator)
     keys = torch.randn(2, 12, 6, generator=generator)
     expected_scores, expected_votes = loop_votes(queries, keys)
-    scores = paged_scores(queries, keys)
+    scores = products(queries, keys)
     torch.testing.assert_close(scores, torch.tensor(expected_scores))
     votes = count_votes(scores, "soft", 3)
     torch.testing.assert_close(votes[0], torch.tensor(expected_votes))
@@ -310,33 +315,10 @@ def test_a_needle_of_one_head_wins_the_soft_vote_and_loses_the_sum_of_logits() -
     keys[0, 20] = 3.0 * queries[0]
     for head in (1, 2, 3):
         keys[head, 20] = -5.0 * queries[head]
-    scores = paged_scores(queries, keys)
+    scores = products(queries, keys)
     assert int(scores[0].argmax()) == 20
     assert 20 in rank(count_votes(scores, "soft", 4), 4)
     assert 20 not in rank(count_votes(scores, "logits", 4), 20)
-
-
-@given(page_rows=st.integers(1, 40), tokens=st.integers(1, 33), seed=st.integers(0, 5))
-def test_pages_change_no_score_and_copy_no_key(page_rows: int, tokens: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    memory = torch.randn(2, 40, 8, generator=generator)
-    queries = torch.randn(6, 8, generator=generator)
-    view = memory[:, 3 : 3 + tokens]
-    expected = torch.einsum("hd,hnd->hn", queries, view.repeat_interleave(3, dim=0))
-    torch.testing.assert_close(paged_scores(queries, view, page_rows=page_rows), expected)
-    memory.zero_()
-    assert not paged_scores(queries, view, page_rows=page_rows).any()
-
-
-def test_a_key_value_head_is_scored_by_its_own_heads_only() -> None:
-    generator = torch.Generator().manual_seed(2)
-    queries, keys = torch.randn(6, 8, generator=generator), torch.randn(3, 10, 8)
-    before = paged_scores(queries, keys)
-    for group in range(3):
-        changed = keys.clone()
-        changed[group] += 1.0
-        touched = (paged_scores(queries, changed) != before).any(dim=1)
-        assert touched.nonzero()[:, 0].tolist() == [2 * group, 2 * group + 1]
 
 
 def test_the_reference_order_pairs_head_h_with_h_modulo_the_key_value_heads() -> None:
@@ -516,7 +498,7 @@ def test_without_carry_tokens_that_leave_the_window_are_lost_and_with_it_kept() 
 def test_the_least_voted_tokens_make_room_for_carried_ones() -> None:
     _, spy, _ = run(replace(SMALL, theta=1.0), continuation=CONTINUATION[:1])
     record = spy.seen[-3]
-    scores = paged_scores(
+    scores = products(
         record["rotate"](record["queries"], torch.tensor([6]))[0], record["keys"][:, 2:19]
     )
     ranked = (rank(count_votes(scores / 4.0, "soft", 5), 5)[0] + 2).tolist()
@@ -548,7 +530,7 @@ def test_work_is_that_of_the_rows_really_read() -> None:
     keys = values = 0
     for length in range(4, len(PROMPT) + 1, 4):  # chunks
         attended = min(length, 13)
-        keys += attended + (length - 6 - 2 if length > 13 else 0)
+        keys += attended + (length if length > 13 else 0)
         values += attended
     for step in range(new - 1):
         # The first step's scores pass over all keys; the others reuse its selection.
