@@ -31,6 +31,7 @@ from runner.conformance_base import (
     compare,
     fresh,
     judge,
+    random_llama,
     snapshot,
 )
 from runner.conformance_calls import CallBattery
@@ -353,30 +354,9 @@ class _RecordedSession:
 
 def tiny_text_model() -> TextGenerator:
     """Return a random Llama of 30 thousand weights; its text is its token ids."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from models.text import CausalLM
 
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(6)  # else all logits are nearly equal
-    return CausalLM(module, _Numbers(), "tiny-random-llama")
+    return CausalLM(random_llama(vocab_size=40, layers=2), _Numbers(), "tiny-random-llama")
 
 
 class _Numbers:

@@ -180,3 +180,35 @@ def _callables(thing: object) -> dict[str, int]:
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def random_llama(*, vocab_size: int, layers: int, positions: int = 128) -> Any:
+    """Return a seeded Llama of some ten thousand weights, token 0 its end of text.
+
+    Args:
+        vocab_size: Number of token ids.
+        layers: Decoder layers, hidden size 32, four query heads on two key-value heads.
+        positions: Longest context.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(6)  # else all logits are nearly equal
+    return module

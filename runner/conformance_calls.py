@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from methods.base import Method, Output
 from models.base import TextEncoder, TokenizedLM
@@ -215,30 +214,12 @@ class CallBattery(Battery):
 def _tiny_model() -> tuple[Any, Any]:
     """Return a random causal language model over bytes, and its tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<end>": 0, **{byte: place for place, byte in enumerate(alphabet, start=1)}}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(6)  # else every layer is nearly the identity
+    module = random_llama(vocab_size=len(vocabulary), layers=4, positions=512)
     return module, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,82 @@ def recipe_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--max-seconds", type=float, default=None, help="End early.")
     parser.add_argument("--eval-only", action="store_true", help="Measure the weights in --out.")
     return parser
+
+
+# Below this scale a recipe is only seen to run.
+SMOKE_SCALE = 0.02
+
+
+class Sized(Protocol):
+    """A recipe's sizes on a device: a named tuple, the optimizer's steps among them."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer."""
+        ...
+
+    def _replace(self, *, steps: int) -> Self: ...
+
+
+SizesT = TypeVar("SizesT", bound=Sized)
+
+
+def scaled(
+    sizes: Mapping[str, SizesT], smoke: SizesT, device: torch.device, scale: float
+) -> SizesT:
+    """Return a recipe's sizes on a device, the steps times `scale`.
+
+    Args:
+        sizes: By type of device.
+        smoke: Sizes, but for the steps, below `SMOKE_SCALE`.
+        device: Where it runs.
+        scale: 1 for the recipe as it is.
+
+    Raises:
+        ValueError: Nobody has sized the recipe for such a device.
+    """
+    if device.type not in sizes:
+        raise ValueError(f"device must be one of {', '.join(sizes)}, got {device.type!r}.")
+    own = sizes[device.type]
+    return (smoke if scale < SMOKE_SCALE else own)._replace(steps=max(3, round(own.steps * scale)))
+
+
+def run_recipe(
+    description: str,
+    *,
+    sizes: Mapping[str, SizesT],
+    smoke: SizesT,
+    train: Callable[[argparse.Namespace, torch.device, SizesT, float], dict[str, object]],
+    evaluate: Callable[[Path, torch.device, SizesT], dict[str, float]],
+    gate: Callable[[Mapping[str, float]], bool] | None = None,
+) -> None:
+    """Run a recipe from the command line: train, save, measure, write `quality.json`.
+
+    Args:
+        description: What it trains.
+        sizes, smoke: See `scaled`.
+        train: Arguments, device, sizes and the time of the beginning (`time.monotonic`) to what is
+            known about the run.
+        evaluate: Folder, device and sizes to what the saved weights reach.
+        gate: Whether that is enough, for the key `gate_passed`.
+    """
+    arguments = recipe_parser(description).parse_args()
+    begin = time.monotonic()
+    out: Path = arguments.out
+    device = torch.device(arguments.device)
+    own = scaled(sizes, smoke, device, arguments.steps_scale)
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.eval_only:
+        facts = json.loads((out / "quality.json").read_text(encoding="utf-8"))
+    else:
+        facts = train(arguments, device, own, begin)
+        facts["seconds"] = round(time.monotonic() - begin, 1)
+    quality = evaluate(out, device, own)
+    if gate is not None:
+        facts["gate_passed"] = gate(quality)
+    text = json.dumps(facts | quality, indent=2) + "\n"
+    (out / "quality.json").write_text(text, encoding="utf-8")
+    print(f"done {text}", flush=True)
 
 
 def seed_everything(seed: int) -> None:

@@ -31,18 +31,19 @@ from models.embedded.tiny_lm_retrieval.train import (
     GATE,
     LENGTH,
     QUESTION_FACTS,
+    SIZES,
+    SMOKE,
     load,
     main,
     new_module,
     recall,
     recall_loss,
     save,
-    sizes_of,
     wire_recall,
 )
+from models.embedded.training import scaled
 
 FOLDER = Path(package.__file__).parent
-HAS_WEIGHTS = (FOLDER / "model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +236,11 @@ def test_the_whole_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_device_without_sizes_is_refused() -> None:
     with pytest.raises(ValueError, match="device must be one of cuda, cpu, got 'meta'"):
-        sizes_of(torch.device("meta"), 1.0)
+        scaled(SIZES, SMOKE, torch.device("meta"), 1.0)
 
 
 # --- the weights ---
 
 
-@pytest.mark.skipif(not HAS_WEIGHTS, reason="the weights are not in the checkout")
 def test_the_weights_pass_the_gate_at_the_length_of_the_training() -> None:
     assert recall(load(FOLDER), length=LENGTH, facts=QUESTION_FACTS, count=50, seed=9) >= GATE

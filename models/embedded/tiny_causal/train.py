@@ -42,12 +42,13 @@ from models.embedded.tiny_dllm.data import (
     Problems,
     decode,
 )
-from models.embedded.tiny_dllm.train import Sizes, parse_arguments, sizes_of
+from models.embedded.tiny_dllm.train import SIZES, SMOKE, Sizes
 from models.embedded.training import (
     AveragedWeights,
     Clock,
     Curve,
     cosine,
+    run_recipe,
     save_half,
     seed_everything,
 )
@@ -264,21 +265,7 @@ def evaluate(folder: Path, device: torch.device, sizes: Sizes) -> dict[str, Any]
 
 def main() -> None:
     """Train both stages, save, measure."""
-    arguments = parse_arguments("Train tiny-causal.")
-    begin = time.monotonic()
-    out: Path = arguments.out
-    device = torch.device(arguments.device)
-    sizes = sizes_of(device, arguments.steps_scale)
-    out.mkdir(parents=True, exist_ok=True)
-    if arguments.eval_only:
-        facts = json.loads((out / "quality.json").read_text(encoding="utf-8"))
-    else:
-        facts = train(arguments, device, sizes, begin)
-        facts["seconds"] = round(time.monotonic() - begin, 1)
-    quality = evaluate(out, device, sizes)
-    text = json.dumps(facts | quality, indent=2) + "\n"
-    (out / "quality.json").write_text(text, encoding="utf-8")
-    print(f"done {text}", flush=True)
+    run_recipe("Train tiny-causal.", sizes=SIZES, smoke=SMOKE, train=train, evaluate=evaluate)
 
 
 def train(

@@ -43,7 +43,7 @@ from models.embedded.training import (
     Clock,
     Curve,
     cosine,
-    recipe_parser,
+    run_recipe,
     save_half,
     seed_everything,
 )
@@ -85,22 +85,7 @@ SIZES = {
     # Two cores take some 2 seconds a step; a forward of 2,000 problems would take them 18.
     "cpu": Sizes(3_000, 64, 100_000, 400, 40, 16, 600.0),
 }
-# Below this scale the recipe is only seen to run.
-SMOKE_SCALE = 0.02
-_SMOKE = Sizes(0, 4, 200, 4, 4, 4, 600.0)
-
-
-def sizes_of(device: torch.device, scale: float) -> Sizes:
-    """Return the recipe's sizes on a device, the steps times `scale`.
-
-    Raises:
-        ValueError: Nobody has sized the recipe for such a device.
-    """
-    if device.type not in SIZES:
-        raise ValueError(f"device must be one of {', '.join(SIZES)}, got {device.type!r}.")
-    sizes = SIZES[device.type]
-    steps = max(3, round(sizes.steps * scale))
-    return (_SMOKE if scale < SMOKE_SCALE else sizes)._replace(steps=steps)
+SMOKE = Sizes(0, 4, 200, 4, 4, 4, 600.0)
 
 
 def diffusion_loss(module: torch.nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -190,7 +175,7 @@ def evaluate(folder: Path, device: torch.device, sizes: Sizes) -> dict[str, floa
     one_block, _ = match_of(module, few, device, ANSWER_LENGTH, ANSWER_LENGTH)
     quality["exact_match_one_block"] = one_block["exact_match"]
     # A smoke test has no minute to spend on 256 forwards.
-    if sizes.few > _SMOKE.few:
+    if sizes.few > SMOKE.few:
         long, _ = match_of(module, few, device, LONG_ANSWER, BLOCK_LENGTH)
         quality["exact_match_long"] = long["exact_match"]
     quality["held_out_problems"] = len(problems.results)
@@ -201,33 +186,19 @@ def evaluate(folder: Path, device: torch.device, sizes: Sizes) -> dict[str, floa
     return quality
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """Read the command line that all recipes share."""
-    parser = recipe_parser(description)
-    return parser.parse_args()
-
-
 def main() -> None:
     """Train, save, measure."""
-    arguments = parse_arguments("Train tiny-dllm.")
-    begin = time.monotonic()
-    out: Path = arguments.out
-    device = torch.device(arguments.device)
-    sizes = sizes_of(device, arguments.steps_scale)
-    out.mkdir(parents=True, exist_ok=True)
-    if arguments.eval_only:
-        facts = json.loads((out / "quality.json").read_text(encoding="utf-8"))
-    else:
-        facts = train(arguments, device, sizes, begin)
-        facts["seconds"] = round(time.monotonic() - begin, 1)
-    quality = evaluate(out, device, sizes)
-    facts["gate_passed"] = (
-        quality["exact_match_1_2_steps"] >= GATE_1_2_STEPS
-        and quality["exact_match"] >= GATE_OVERALL
+    run_recipe(
+        "Train tiny-dllm.",
+        sizes=SIZES,
+        smoke=SMOKE,
+        train=train,
+        evaluate=evaluate,
+        gate=lambda quality: (
+            quality["exact_match_1_2_steps"] >= GATE_1_2_STEPS
+            and quality["exact_match"] >= GATE_OVERALL
+        ),
     )
-    text = json.dumps(facts | quality, indent=2) + "\n"
-    (out / "quality.json").write_text(text, encoding="utf-8")
-    print(f"done {text}", flush=True)
 
 
 def train(

@@ -8,7 +8,6 @@ are recalled, up to `LENGTH` and never beyond: what happens on longer texts is e
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
@@ -35,7 +34,7 @@ from models.embedded.training import (
     Clock,
     Curve,
     cosine,
-    recipe_parser,
+    run_recipe,
     save_half,
     seed_everything,
 )
@@ -86,8 +85,7 @@ SIZES = {
     # One thread takes 0.2 seconds a step when it has a core for itself.
     "cpu": Sizes(6_000, 2_048, 500, 100),
 }
-_SMOKE = Sizes(0, 512, 4, 4)
-SMOKE_SCALE = 0.02
+SMOKE = Sizes(0, 512, 4, 4)
 
 
 def new_module() -> Any:
@@ -228,7 +226,7 @@ def save(module: Any, folder: Path) -> int:
     return save_half(state, folder / "model.safetensors")
 
 
-def evaluate(folder: Path, sizes: Sizes, device: torch.device) -> dict[str, float]:
+def evaluate(folder: Path, device: torch.device, sizes: Sizes) -> dict[str, float]:
     """Measure the saved weights, in float32, and write `sample.txt`."""
     module = load(folder).to(device)
     quality: dict[str, float] = {}
@@ -249,19 +247,6 @@ def evaluate(folder: Path, sizes: Sizes, device: torch.device) -> dict[str, floa
         lines += [decode(question.prompt), f"    {decode(answer)}"]
     (folder / "sample.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return quality
-
-
-def sizes_of(device: torch.device, scale: float) -> Sizes:
-    """Return the recipe's sizes on a device, the steps times `scale`.
-
-    Raises:
-        ValueError: Nobody has sized the recipe for such a device.
-    """
-    if device.type not in SIZES:
-        raise ValueError(f"device must be one of {', '.join(SIZES)}, got {device.type!r}.")
-    sizes = SIZES[device.type]
-    steps = max(3, round(sizes.steps * scale))
-    return (_SMOKE if scale < SMOKE_SCALE else sizes)._replace(steps=steps)
 
 
 def train(
@@ -351,22 +336,14 @@ def train(
 
 def main() -> None:
     """Train, save, measure."""
-    arguments = recipe_parser("Train tiny-lm-retrieval.").parse_args()
-    begin = time.monotonic()
-    out: Path = arguments.out
-    device = torch.device(arguments.device)
-    sizes = sizes_of(device, arguments.steps_scale)
-    out.mkdir(parents=True, exist_ok=True)
-    if arguments.eval_only:
-        facts = json.loads((out / "quality.json").read_text(encoding="utf-8"))
-    else:
-        facts = train(arguments, device, sizes, begin)
-        facts["seconds"] = round(time.monotonic() - begin, 1)
-    quality = evaluate(out, sizes, device)
-    facts["gate_passed"] = quality[f"recall_{LENGTH}_{QUESTION_FACTS}_facts"] >= GATE
-    text = json.dumps(facts | quality, indent=2) + "\n"
-    (out / "quality.json").write_text(text, encoding="utf-8")
-    print(f"done {text}", flush=True)
+    run_recipe(
+        "Train tiny-lm-retrieval.",
+        sizes=SIZES,
+        smoke=SMOKE,
+        train=train,
+        evaluate=evaluate,
+        gate=lambda quality: quality[f"recall_{LENGTH}_{QUESTION_FACTS}_facts"] >= GATE,
+    )
 
 
 if __name__ == "__main__":
