@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from models.base import (
 from models.decode import decode
 from models.draft_tree import DraftTree
 from models.native.llama import packed
+from models.wrapper import Wrapper
 
 
 @dataclass
@@ -448,7 +449,7 @@ class AttentionSession:
             )
 
 
-class AttentionLM:
+class AttentionLM(Wrapper):
     """A `models.base.TextGenerator` whose attention is a rule's; all else is the model's.
 
     Attributes:
@@ -482,15 +483,12 @@ class AttentionLM:
                 f"attention can be changed in a model of transformers; '{model.name}' is none."
             )
         layer_windows(module)
-        self._model = model
+        super().__init__(model)
         self._make_rule = make_rule
         self._module = module
         self._kernels = packed(module) if getattr(model, "kernels", None) == "native" else None
-        self.name = model.name
-        self.tokenizer = model.tokenizer
-        self.facts = (
-            replace(model.facts, max_positions=max_positions) if max_positions else model.facts
-        )
+        if max_positions:
+            self.facts = replace(model.facts, max_positions=max_positions)
         self.last: AttentionSession | None = None
 
     def session(self, capacity: int) -> AttentionSession:
@@ -539,15 +537,6 @@ class AttentionLM:
         trace.notes["kept_ratio"] = session.kept_tokens / max(session.length, 1)
         trace.notes["peak_kv_bytes"] = session.peak_kv_bytes
         trace.notes.update(session.rule.notes)
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        self._model.synchronize()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # also met before __init__ has run, when copied
-            raise AttributeError(name)
-        return getattr(self._model, name)
 
 
 def _attend_to_all(layer: int, queries: Tensor, cache: LayerCache) -> Tensor:

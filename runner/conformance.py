@@ -21,6 +21,7 @@ from models.base import Decoding, Generation, Session, TextGenerator
 from models.decode import decode
 from models.draft_tree import DraftTree
 from models.stopping import Stopper
+from models.wrapper import Wrapper
 from runner.certificate import divergence
 from runner.conformance_base import (
     PROFILE,
@@ -301,14 +302,11 @@ class _TextBattery(Battery):
             yield from enumerate(generate(self.prompts[0], decoding).token_ids)
 
 
-class _Recorder:
+class _Recorder(Wrapper):
     """A model that keeps the logits of its verifications."""
 
     def __init__(self, model: TextGenerator) -> None:
-        self._model = model
-        self.name = model.name
-        self.tokenizer = model.tokenizer
-        self.facts = model.facts
+        super().__init__(model)
         self.seen: list[Tensor] = []
 
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
@@ -316,14 +314,6 @@ class _Recorder:
 
     def session(self, capacity: int) -> Session:
         return _RecordedSession(self._model.session(capacity), self.seen)
-
-    def synchronize(self) -> None:
-        self._model.synchronize()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._model, name)
 
 
 class _RecordedSession:

@@ -11,7 +11,16 @@ import numpy as np
 from methods.base import Method, Output
 from models.base import TextEncoder, TokenizedLM
 from models.tokenization import HubTokenizer
-from runner.conformance_base import PROFILE, Battery, Broken, OnPurpose, compare, fresh, snapshot
+from runner.conformance_base import (
+    PROFILE,
+    Battery,
+    Broken,
+    OnPurpose,
+    compare,
+    fresh,
+    random_llama,
+    snapshot,
+)
 
 TEXTS = (
     "the cat sat on the mat",

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from hardware.profile import Profile, StepCost
 from methods.base import Method, Output, StatePolicy
-from models.base import Decoding, Generation, Session, TextGenerator, Unsupported
+from models.base import Decoding, Generation, TextGenerator, Unsupported
 from models.decode import Accepted, Drafter, decode
 from models.draft_tree import DraftTree, Topology
+from models.wrapper import GeneratorWrapper
 
 State = TypeVar("State")
 
@@ -31,32 +32,16 @@ RankProbabilities = npt.NDArray[np.float64]
 """P(the true next token is a node's candidate of rank j | node accepted), (depths, ranks)."""
 
 
-class DraftedGenerator:
+class DraftedGenerator(GeneratorWrapper):
     """A text generator whose texts are drafted and verified; all else is the wrapped model's."""
 
     def __init__(self, model: TextGenerator, make_drafter: Callable[[], Drafter]) -> None:
-        self._model = model
+        super().__init__(model)
         self._make_drafter = make_drafter
-        self.name = model.name
-        self.tokenizer = model.tokenizer
-        self.facts = model.facts
 
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
         """Continue `prompt_ids` with a fresh drafter."""
         return decode(self._model, prompt_ids, decoding, self._make_drafter())
-
-    def session(self, capacity: int) -> Session:
-        """Open a cache of the wrapped model."""
-        return self._model.session(capacity)
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        self._model.synchronize()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # also met before __init__ has run, when copied
-            raise AttributeError(name)
-        return getattr(self._model, name)
 
 
 @dataclass(frozen=True, kw_only=True)

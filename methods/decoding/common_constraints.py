@@ -46,6 +46,7 @@ from models.decode import check_fits, count_work, decode
 from models.draft_tree import DraftTree, TreeBuilder
 from models.regular import regex
 from models.stopping import Stopper
+from models.wrapper import GeneratorWrapper
 
 Probabilities = npt.NDArray[np.float64]
 # A smaller share of the mass is summed up, not found by subtracting: that keeps nine digits.
@@ -805,17 +806,14 @@ class ConstrainedMethod(Method[TextGenerator]):
         yield ConstrainedGenerator(model, self)
 
 
-class ConstrainedGenerator:
+class ConstrainedGenerator(GeneratorWrapper):
     """A text generator that keeps to the request's constraint; the rest is the wrapped model's."""
 
     def __init__(self, model: TextGenerator, method: ConstrainedMethod) -> None:
-        self._model = model
+        super().__init__(model)
         self._method = method
         self._pattern = regex(method.pattern) if method.pattern else None
         self._pieces = token_bytes(model.tokenizer, model.facts.vocab_size)
-        self.name = model.name
-        self.tokenizer = model.tokenizer
-        self.facts = model.facts
 
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
         """Continue `prompt_ids`.
@@ -848,16 +846,3 @@ class ConstrainedGenerator:
         trace.notes["is_satisfied"] = int(written.is_satisfied)
         stopper = Stopper(self.tokenizer, decoding, self.facts.eos_ids)
         return Generation(tokens, stopper.text(tokens), stopper.find(tokens).finish, trace)
-
-    def session(self, capacity: int) -> Session:
-        """Open a cache of the wrapped model."""
-        return self._model.session(capacity)
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        self._model.synchronize()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._model, name)

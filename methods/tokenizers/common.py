@@ -32,6 +32,7 @@ from models.tokenized import (
     donor_of,
     load_donor,
 )
+from models.wrapper import Wrapper
 
 Rows = Literal["all", "text"]
 Table = Literal["embed", "lm_head"]
@@ -209,7 +210,7 @@ class VocabularyTransplant(TokenizerMethod):
         return Transplanted(made, tables if self.rows == "text" else [], alignment.new, notes)
 
 
-class Transplanted:
+class Transplanted(Wrapper):
     """A model behind its new tokenizer, which notes what was exchanged."""
 
     def __init__(
@@ -219,13 +220,10 @@ class Transplanted:
         new: Tensor,
         notes: Mapping[str, float | int | str],
     ) -> None:
-        self._model = model
+        super().__init__(model)
         self._open_tables = open_tables
         self._new = new
         self._notes = notes
-        self.name = model.name
-        self.tokenizer = model.tokenizer
-        self.facts = model.facts
         if open_tables:
             model.absent = new
 
@@ -246,15 +244,6 @@ class Transplanted:
         generation = self._model.generate(prompt, decoding)
         generation.trace.notes.update(self._notes)
         return generation
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        self._model.synchronize()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # also met before __init__ has run, when copied
-            raise AttributeError(name)
-        return getattr(self._model, name)
 
     def _make_rows(self, text: str) -> None:
         used = sorted(set(self._model.tokenizer.encode(text)))
