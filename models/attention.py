@@ -453,7 +453,7 @@ class AttentionLM(Wrapper):
     """A `models.base.TextGenerator` whose attention is a rule's; all else is the model's.
 
     Attributes:
-        facts: The model's, with `max_positions` replaced where that was asked for.
+        facts: The model's, with `lifted_limit` where that was asked for.
         last: The session that was opened last, with all that it counted.
     """
 
@@ -462,7 +462,7 @@ class AttentionLM(Wrapper):
         model: TextGenerator,
         make_rule: Callable[[], AttentionRule],
         *,
-        max_positions: int | None = None,
+        longest_text: int | None = None,
     ) -> None:
         """Wrap a model; nothing in it is changed.
 
@@ -470,7 +470,7 @@ class AttentionLM(Wrapper):
             model: A `models.text.CausalLM`, or a wrapper that passes its attributes on. The C
                 kernels run the layers where they run the model, torch elsewhere.
             make_rule: Makes the rule of one text.
-            max_positions: Longest text, for rules that never show the model a distance beyond its
+            longest_text: Longest text, for rules that never show the model a distance beyond its
                 own; the model's own when None.
 
         Raises:
@@ -487,8 +487,8 @@ class AttentionLM(Wrapper):
         self._make_rule = make_rule
         self._module = module
         self._kernels = packed(module) if getattr(model, "kernels", None) == "native" else None
-        if max_positions:
-            self.facts = replace(model.facts, max_positions=max_positions)
+        if longest_text is not None:
+            self.facts = replace(model.facts, lifted_limit=longest_text)
         self.last: AttentionSession | None = None
 
     def session(self, capacity: int) -> AttentionSession:

@@ -142,9 +142,11 @@ class TextModelFacts:
         head_parameters: Those of them in the output head, which a prompt needs once.
         weight_bytes: Bytes that one forward reads of them.
         kv_item_bytes: Bytes of one cached number.
-        max_positions: Longest context.
+        max_positions: Longest context that the model was made for. Prompts are cut to it, for the
+            baseline and every method alike.
         eos_ids: Ids that end a text.
         dtype: Name of the weights' dtype, `float32` or the like.
+        lifted_limit: Longest text that a method allows, where it lifts the model's own limit.
     """
 
     vocab_size: int
@@ -159,6 +161,12 @@ class TextModelFacts:
     max_positions: int
     eos_ids: frozenset[int]
     dtype: str
+    lifted_limit: int | None = None
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that a text, prompt and all, may have."""
+        return self.max_positions if self.lifted_limit is None else self.lifted_limit
 
     def flops(self, forward: Forward, logits: int | None = None) -> float:
         """Return the operations of one forward; a multiply-add counts two.
@@ -260,8 +268,8 @@ class Encoding:
     Attributes:
         vectors: (texts, dimension), float32, not normalised.
         token_counts: Tokens of each text, those of a prompt around it included, padding not.
-        trace: What was done; `prefill` holds one forward for each text (its tokens as `width`), and
-            `tokenized` and `encoded` are marked.
+        trace: What was done; `prefill` holds one forward for each prompt, of which a text may have
+            several (its tokens as `width`), and `tokenized` and `encoded` are marked.
     """
 
     vectors: npt.NDArray[np.float32]

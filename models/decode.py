@@ -259,10 +259,26 @@ def check_fits(model: TextGenerator, prompt_ids: Sequence[int], decoding: Decodi
     """
     if not prompt_ids:
         raise ValueError("the prompt holds no token; a text needs at least one to continue.")
-    if len(prompt_ids) + decoding.max_new_tokens > model.facts.max_positions:
+    check_room(model, len(prompt_ids), decoding.max_new_tokens, "new")
+
+
+def check_room(model: TextGenerator, prompt_tokens: int, tokens: int, kind: str) -> None:
+    """Raise unless the model can hold a text.
+
+    Args:
+        model: Whose limit it is.
+        prompt_tokens: Tokens of the prompt.
+        tokens: Those that follow it.
+        kind: What those are, for the message.
+
+    Raises:
+        Unsupported: They exceed the model's context.
+    """
+    limit = model.facts.longest_text
+    if prompt_tokens + tokens > limit:
         raise Unsupported(
-            f"{len(prompt_ids)} prompt tokens and {decoding.max_new_tokens} new ones exceed the "
-            f"context of {model.facts.max_positions} tokens of '{model.name}'."
+            f"{prompt_tokens} prompt tokens and {tokens} {kind} ones exceed the context of {limit} "
+            f"tokens of '{model.name}'."
         )
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Model = TextGenerator | TextEncoder | TokenizedLM
 
 _EMBEDDED = Path(__file__).parent / "embedded"
+_DONORS = _EMBEDDED / "donors"
 _WEIGHT_FILES = ("*.safetensors",)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5")
 # What besides the weights decides a model's answer: configuration, tokenizer, pooling.
@@ -125,7 +126,46 @@ def weights_hash(model_id: str, settings: LoadSettings, *, offline: bool = True)
     Raises:
         ModelError: The model is not there.
     """
-    folder = fetch(model_id, offline=offline, revision=settings.revision)
+    return _folder_hash(fetch(model_id, offline=offline, revision=settings.revision))
+
+
+def donors() -> list[str]:
+    """Return the ids of the donors of a tokenizer and its embedding that come with the project."""
+    return sorted(path.parent.name.replace("_", "-") for path in _DONORS.glob("*/tokenizer.json"))
+
+
+def donor_folders(donor_id: str, *, offline: bool = False) -> tuple[Path, Path]:
+    """Return where a donor's embedding and its tokenizer are.
+
+    Args:
+        donor_id: A donor of `donors()`, or a model: an embedded one, `hf:<id>`, `path:<folder>`.
+        offline: Never reach for the network.
+
+    Raises:
+        ModelError: The files are not there.
+    """
+    if donor_id in donors():
+        folder = _DONORS / donor_id.replace("-", "_")
+        return folder, folder
+    try:
+        folder = fetch(donor_id, offline=offline)
+    except ModelError as error:
+        known = ", ".join(donors())
+        raise ModelError(f"donor '{donor_id}': {error} Donors of the project: {known}.") from error
+    return folder, tokenizer_folder_of(donor_id, folder, offline)
+
+
+def donor_hash(donor_id: str, *, offline: bool = True) -> str:
+    """Return a SHA-256 over a donor's files.
+
+    Raises:
+        ModelError: They are not there.
+    """
+    folders = dict.fromkeys(donor_folders(donor_id, offline=offline))
+    return " ".join(_folder_hash(folder) for folder in folders)
+
+
+def _folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     patterns = (*_WEIGHT_FILES, *_SETTING_FILES)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):

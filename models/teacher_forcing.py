@@ -26,9 +26,8 @@ from models.base import (
     TextGenerator,
     Tokenizer,
     Trace,
-    Unsupported,
 )
-from models.decode import count_work
+from models.decode import check_room, count_work
 from models.draft_tree import DraftTree
 
 
@@ -114,12 +113,8 @@ def _run(model: TextGenerator, prompt_ids: Sequence[int], continuation_ids: Sequ
     for what, token_ids in (("prompt", prompt_ids), ("continuation", continuation_ids)):
         if not token_ids:
             raise ValueError(f"the {what} holds no token; teacher forcing needs at least one.")
+    check_room(model, len(prompt_ids), len(continuation_ids), "given")
     length = len(prompt_ids) + len(continuation_ids)
-    if length > model.facts.max_positions:
-        raise Unsupported(
-            f"{len(prompt_ids)} prompt tokens and {len(continuation_ids)} given ones exceed the "
-            f"context of {model.facts.max_positions} tokens of '{model.name}'."
-        )
     trace = Trace()
     session = model.session(length)
     logits = session.prefill(prompt_ids)

@@ -37,10 +37,9 @@ from models.constraints import byte_fallback, byte_level
 from models.loading import (
     LoadSettings,
     ModelError,
-    fetch,
+    donor_folders,
     load_causal_module,
     quiet_transformers,
-    tokenizer_folder_of,
 )
 from models.text import CausalLM, model_facts
 from models.tokenization import HubTokenizer
@@ -71,7 +70,6 @@ _INPUT_NAMES = (
 _OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
 
 # Donors that come with the project and are no models.
-_DONORS = Path(__file__).parent / "embedded" / "donors"
 
 
 class TokenKey(NamedTuple):
@@ -450,11 +448,6 @@ def load_tokenized(
     return CausalTokenizedLM(module, PlainTokenizer(hub), model_id)
 
 
-def donors() -> list[str]:
-    """Return the ids of the donors that come with the project."""
-    return sorted(path.parent.name.replace("_", "-") for path in _DONORS.glob("*/tokenizer.json"))
-
-
 def load_donor(donor_id: str, *, offline: bool = False) -> Donor:
     """Load a tokenizer and the embedding that belongs to it, without the rest of the model.
 
@@ -466,16 +459,7 @@ def load_donor(donor_id: str, *, offline: bool = False) -> Donor:
         models.loading.ModelError: The files are not there or hold no embedding.
         models.base.Unsupported: Its tokenizer cannot be read.
     """
-    folder = tokenizer_folder = _DONORS / donor_id.replace("-", "_")
-    if donor_id not in donors():
-        try:
-            folder = fetch(donor_id, offline=offline)
-        except ModelError as error:
-            known = ", ".join(donors())
-            raise ModelError(
-                f"donor '{donor_id}': {error} Donors of the project: {known}."
-            ) from error
-        tokenizer_folder = tokenizer_folder_of(donor_id, folder, offline)
+    folder, tokenizer_folder = donor_folders(donor_id, offline=offline)
     from transformers import AutoTokenizer
 
     try:

@@ -159,7 +159,7 @@ class SampleRecord:
         peak_bytes: High-water mark of the device's memory, or of the host process; weights and what
             the process held before the call included.
         output: Text, or path of a file below the shard.
-        output_digest: SHA-256 of the ids.
+        output_digest: SHA-256 of the ids and the text.
     """
 
     cell_id: str

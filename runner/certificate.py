@@ -95,8 +95,12 @@ def asked(task: Task[Any], model: TextGenerator, item: Item) -> Asked | None:
 
 
 def output_digest(token_ids: Sequence[int], text: str) -> str:
-    """Return a SHA-256 of an output: of its tokens, or of its text where it has none."""
-    return hashlib.sha256(json.dumps(list(token_ids) or text).encode()).hexdigest()
+    """Return a SHA-256 of an output: of its tokens and its text.
+
+    Tokens alone would not do: an encoder has none, and a task that feeds a text gives every method
+    the same ones.
+    """
+    return hashlib.sha256(json.dumps([list(token_ids), text]).encode()).hexdigest()
 
 
 def difference(

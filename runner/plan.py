@@ -6,6 +6,7 @@ import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -19,6 +20,7 @@ from models.loading import (
     LoadSettings,
     ModelError,
     capabilities,
+    donor_hash,
     embedded_models,
     fetch,
     weights_hash,
@@ -294,11 +296,10 @@ def _cell(
 ) -> CellSpec:
     entry = registry.find("method", wanted.name)
     params = wanted.method.parameters()
-    if draft := _draft_hash(params):
-        conditions = {**conditions, "draft_hash": draft}
     key = digest(
         {
             **conditions,
+            **_named_hashes(params),
             "method": wanted.name,
             "params": params,
             "method_source": method_source(entry.source),
@@ -316,15 +317,19 @@ def _cell(
     )
 
 
-def _draft_hash(params: Mapping[str, Any]) -> str:
-    """Return the hash of a draft model's weights, which can change a method's work."""
-    draft = params.get("draft")
-    if not isinstance(draft, str) or draft.startswith("layers:"):
-        return ""
-    try:
-        return weights_hash(draft, LoadSettings())
-    except ModelError:
-        return ""  # the method itself refuses, with the reason
+def _named_hashes(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of other files that a method's parameters name and its work depends on."""
+    found = {}
+    for name in ("draft", "donor"):
+        value = params.get(name)
+        if not isinstance(value, str):
+            continue
+        # What is no file (`layers:4`, `same`), or is not there: the method itself says why.
+        with suppress(ModelError):
+            found[f"{name}_hash"] = (
+                donor_hash(value) if name == "donor" else weights_hash(value, LoadSettings())
+            )
+    return found
 
 
 def _suite_limit(request: Request, task_text: str) -> int | None:

@@ -38,11 +38,18 @@ _MOST_PARAGRAPH_BYTES = 1500
 
 @dataclass(frozen=True)
 class CodedText:
-    """A scored text as a result: JSON of its bits, its number of tokens and what they decode to."""
+    """A scored text as a result.
+
+    Attributes:
+        text: JSON of its bits, its number of tokens and what they decode to.
+        trace: What was done to get there.
+        token_ids: None: nothing is written. The tokens of the text are the tokenizer's alone, so
+            outputs compared by them would be the same whatever each token cost.
+    """
 
     text: str
-    token_ids: tuple[int, ...]
     trace: Trace
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,7 @@ class BitsPerByte(Task[TokenizedLM]):
     passage_bytes: int = 400
     form: Form = "plain"
 
-    version = "1.0"
+    version = "1.1"
     data = Dataset(
         source="pydoc_data.topics of the running Python",
         revision=platform.python_version(),
@@ -123,7 +130,7 @@ class BitsPerByte(Task[TokenizedLM]):
             "tokens": len(scored.bits),
             "decoded": scored.decoded,
         }
-        return CodedText(json.dumps(output), scored.token_ids, scored.trace)
+        return CodedText(json.dumps(output), scored.trace)
 
     def score(self, item: Item, output: str) -> Scores:
         """Return bits over the bytes of the item's own text, however much of it was coded."""

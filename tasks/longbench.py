@@ -10,6 +10,10 @@ papers multiply by 100. Differs from the official scripts in this:
   leading line breaks are left out and the first line is scored, which for all other answers is
   the same.
 
+A method that compresses the prompt sees the question in it (query-aware, as in most papers on
+that); no setting hides it. `max_length` 0 follows the window of the model that is asked, so a
+method that lifts the window reads longer prompts than its baseline unless a length is given.
+
 With several tasks, `score` is the mean over tasks of their means, and `by-category` the mean over
 categories of those; the authors' tables show the latter, most papers the former. One item:
     prompt "Answer the question based on ..."   answers ["Miller v. California"]   task "hotpotqa"

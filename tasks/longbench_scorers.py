@@ -120,8 +120,7 @@ def classification(
         place = 0
         while place < len(named):
             if is_part(named[place]):
-                # By value, as list.remove does: with equal names it is the first that goes.
-                named.remove(named[place])
+                del named[place]
             place += 1
     return 1.0 / len(named) if reference in named else 0.0
 

@@ -138,11 +138,44 @@ class PairMatrix(EmbeddingData):
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledTexts(EmbeddingData):
-    """Labelled texts to train a probe on, and others to try it on; a unit is a text.
+class _JudgedBehind(EmbeddingData):
+    """Units that are given, all of them needed, and behind them those that are judged by them.
 
-    Those of `test` alone are resampled.
+    Only the latter are resampled.
     """
+
+    @property
+    @abstractmethod
+    def given(self) -> int:
+        """Number of units that are given."""
+
+    @abstractmethod
+    def judged(self, given: Floats, others: Floats, places: Sequence[int]) -> Floats:
+        """Return the headline of each unit that is judged, (judged,).
+
+        Args:
+            given: Vectors of all units that are given, (given, dimension).
+            others: Vectors of those that are judged, (judged, dimension).
+            places: Which they are, counted from the first behind the given ones, (judged,).
+        """
+
+    def numbers(self, vectors: Mapping[int, Vectors], counts: Floats) -> dict[str, Floats]:
+        """Return the mean headline of the units that are judged."""
+        [metric], size = self.metrics, self.given
+        units = [unit for unit in sorted(vectors) if unit >= size]
+        if not units or any(unit not in vectors for unit in range(size)):
+            return {metric.name: np.full(len(counts), np.nan)}
+        found = self.judged(
+            np.stack([vectors[unit][0] for unit in range(size)]),
+            np.stack([vectors[unit][0] for unit in units]),
+            [unit - size for unit in units],
+        )
+        return {metric.name: weighted_mean(found, counts[:, units])}
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTexts(_JudgedBehind):
+    """Labelled texts to train a probe on, and others to try it on; a unit is a text."""
 
     train: tuple[str, ...]
     train_labels: tuple[str, ...]
@@ -160,20 +193,15 @@ class LabelledTexts(EmbeddingData):
         label = (*self.train_labels, *self.test_labels)[unit]
         return [label, [run for run, places in enumerate(self.experiments) if unit in places]]
 
-    def numbers(self, vectors: Mapping[int, Vectors], counts: Floats) -> dict[str, Floats]:
-        """Return the mean accuracy of the experiments."""
-        size = len(self.train)
-        tested = [unit for unit in sorted(vectors) if unit >= size]
-        if not tested or any(unit not in vectors for unit in range(size)):
-            return {"accuracy": np.full(len(counts), np.nan)}
-        hits = probe_hits(
-            np.stack([vectors[unit][0] for unit in range(size)]),
-            self.train_labels,
-            self.experiments,
-            np.stack([vectors[unit][0] for unit in tested]),
-            [self.test_labels[unit - size] for unit in tested],
-        )
-        return {"accuracy": weighted_mean(hits, counts[:, tested])}
+    @property
+    def given(self) -> int:
+        """Number of training texts."""
+        return len(self.train)
+
+    def judged(self, given: Floats, others: Floats, places: Sequence[int]) -> Floats:
+        """Return the share of experiments that classify each text rightly."""
+        truth = [self.test_labels[place] for place in places]
+        return probe_hits(given, self.train_labels, self.experiments, others, truth)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,10 +237,10 @@ class LabelledClusters(EmbeddingData):
 
 
 @dataclass(frozen=True, eq=False)
-class Retrieval(EmbeddingData):
+class Retrieval(_JudgedBehind):
     """Queries and the documents that answer them; a unit is a document or a query.
 
-    Only queries are resampled: the documents are what is searched.
+    Only queries are judged: the documents are what is searched.
     """
 
     documents: tuple[str, ...]
@@ -231,18 +259,14 @@ class Retrieval(EmbeddingData):
         grades = self.relevant[unit - len(self.documents)]
         return {str(place): grade for place, grade in sorted(grades.items())}
 
-    def numbers(self, vectors: Mapping[int, Vectors], counts: Floats) -> dict[str, Floats]:
-        """Return the mean nDCG@10 of the queries."""
-        size = len(self.documents)
-        asked = [unit for unit in sorted(vectors) if unit >= size]
-        if not asked or any(unit not in vectors for unit in range(size)):
-            return {"ndcg_at_10": np.full(len(counts), np.nan)}
-        found = ndcg_at_10(
-            np.stack([vectors[unit][0] for unit in asked]),
-            np.stack([vectors[unit][0] for unit in range(size)]),
-            [self.relevant[unit - size] for unit in asked],
-        )
-        return {"ndcg_at_10": weighted_mean(found, counts[:, asked])}
+    @property
+    def given(self) -> int:
+        """Number of documents."""
+        return len(self.documents)
+
+    def judged(self, given: Floats, others: Floats, places: Sequence[int]) -> Floats:
+        """Return the nDCG@10 of each query."""
+        return ndcg_at_10(others, given, [self.relevant[place] for place in places])
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# mteb's: seed of every task, texts of a label that a classifier sees, how often it is trained, how
-# often documents are clustered, and documents of one step of k-means.
+# mteb's: seed of every task, texts of a label that a classifier sees, how often it is trained, for
+# how many steps, how often documents are clustered, and documents of one step of k-means.
 SEED = 42
 SHOTS = 8
 EXPERIMENTS = 10
+PROBE_STEPS = 100
 CLUSTERINGS = 10
 KMEANS_BATCH = 512
 # Rows of counts that are worked on at once, which bounds the memory.
@@ -120,9 +121,9 @@ def probe_hits(
     for places in experiments:
         chosen = list(places)
         with warnings.catch_warnings():
-            # A hundred steps are the protocol, whether they are enough or not.
+            # The steps are the protocol's, whether they are enough or not.
             warnings.simplefilter("ignore")
-            probe = LogisticRegression(max_iter=100, random_state=SEED)
+            probe = LogisticRegression(max_iter=PROBE_STEPS, random_state=SEED)
             hits += probe.fit(train[chosen], labels[chosen]).predict(test) == truth
     return hits / len(experiments)
 

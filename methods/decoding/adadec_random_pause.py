@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.decoding.common import require_choice, require_count, require_text_generator
+from methods.checks import require_choice, require_count
+from methods.decoding.common import require_text_generator
 from methods.decoding.common_loops import (
     BRANCH_ENDS,
     Lookahead,

@@ -31,12 +31,11 @@ from torch import Tensor
 
 from hardware.profile import Profile, StepCost
 from methods.base import Output
+from methods.checks import require_choice, require_count
 from methods.decoding.common import (
     StatefulDecodingMethod,
     calibrated_nodes,
     middle_context,
-    require_choice,
-    require_count,
     require_text_generator,
 )
 from methods.decoding.common_loops import LoopGenerator

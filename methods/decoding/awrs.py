@@ -33,7 +33,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from methods.decoding.common import require_choice, require_count
+from methods.checks import require_choice, require_count
 from methods.decoding.common_constraints import (
     Branches,
     ConstrainedMethod,

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.decoding.common import require_count, require_text_generator, top_k
+from methods.checks import require_count
+from methods.decoding.common import require_text_generator, top_k
 from methods.decoding.common_loops import NOTHING_EMITTED, LoopGenerator
 from models.base import Decoding, Forward, Generation, Session, TextGenerator, Trace
 from models.decode import check_fits, count_work, decode, greedy_choices

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hardware.profile import Profile, StepCost
 from methods.base import Method, Output, StatePolicy
+from methods.checks import method_name, require_choice
 from models.base import Decoding, Generation, TextGenerator, Unsupported
 from models.decode import Accepted, Drafter, decode
 from models.draft_tree import DraftTree, Topology
@@ -114,26 +115,6 @@ def require_text_generator(method: Method[Any], model: object) -> None:
         raise Unsupported(
             f"'{method_name(method)}' needs a text generator; "
             f"'{getattr(model, 'name', type(model).__name__)}' has no {missing}."
-        )
-
-
-def method_name(method: Method[Any]) -> str:
-    """Return what the method is called: its file's name."""
-    return type(method).__module__.rpartition(".")[2].replace("_", "-")
-
-
-def require_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is one of the allowed words."""
-    words = tuple(allowed)
-    if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}.")
-
-
-def require_count(name: str, value: object, low: int, high: int, meaning: str) -> None:
-    """Raise ValueError unless `value` is a whole number from `low` to `high`, both included."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(
-            f"{name} must be a whole number from {low} to {high}, got {value!r}. {meaning}"
         )
 
 

@@ -286,7 +286,7 @@ class _PausingText:
         for branch in branches:
             branch.has_ended = branch.tokens[0] in eos_ids
         written = len(self.prompt_ids) + len(self.output)
-        steps = min(self.lookahead.length, self.model.facts.max_positions - written)
+        steps = min(self.lookahead.length, self.model.facts.longest_text - written)
         last = waiting
         for _ in range(steps):
             live = [branch for branch in branches if not branch.has_ended]

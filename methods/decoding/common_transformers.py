@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from methods.base import Method
-from methods.decoding.common import method_name, require_text_generator
+from methods.checks import method_name
+from methods.decoding.common import require_text_generator
 from models.base import Decoding, Forward, Generation, Session, TextGenerator, Trace, Unsupported
 from models.decode import check_fits, count_work
 from models.stopping import Stopper

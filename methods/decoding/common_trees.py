@@ -9,13 +9,13 @@ from typing import Literal, cast
 import numpy as np
 
 from hardware.profile import Profile, StepCost
+from methods.checks import require_count
 from methods.decoding.common import (
     RankProbabilities,
     best_template,
     calibrated_nodes,
     expected_tokens,
     middle_context,
-    require_count,
 )
 from models.draft_tree import Topology
 

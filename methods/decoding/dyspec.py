@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from hardware.profile import Profile
-from methods.decoding.common import require_choice, require_count
+from methods.checks import require_choice, require_count
 from methods.decoding.common_drafts import (
     Choose,
     DraftModelMethod,

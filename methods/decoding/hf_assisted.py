@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.decoding.common import require_count
+from methods.checks import require_count
 from methods.decoding.common_drafts import draft_for, require_draft
 from methods.decoding.common_transformers import TransformersGenerator, transformers_generator
 from models.base import Decoding, Forward, Generation, TextGenerator, TextModelFacts, Unsupported

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.decoding.common import require_count
+from methods.checks import require_count
 from methods.decoding.common_transformers import transformers_generator
 from models.base import TextGenerator
 

@@ -19,13 +19,8 @@ from typing import Literal
 from torch import Tensor
 
 from hardware.profile import Profile
-from methods.decoding.common import (
-    DecodingMethod,
-    calibrated_nodes,
-    middle_context,
-    require_choice,
-    require_count,
-)
+from methods.checks import require_choice, require_count
+from methods.decoding.common import DecodingMethod, calibrated_nodes, middle_context
 from models.base import TextGenerator
 from models.decode import Accepted
 from models.draft_tree import DraftTree

@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from hardware.profile import Profile
-from methods.decoding.common import DecodingMethod, require_count
+from methods.checks import require_count
+from methods.decoding.common import DecodingMethod
 from methods.decoding.common_trees import (
     MOST_RANKS,
     PUBLISHED_NODES,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from methods.decoding.common import require_count
+from methods.checks import require_count
 from methods.decoding.common_constraints import (
     Branches,
     ConstrainedMethod,

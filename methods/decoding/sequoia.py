@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from hardware.profile import Profile
-from methods.decoding.common import require_count
+from methods.checks import require_count
 from methods.decoding.common_drafts import (
     Choose,
     DraftModelMethod,

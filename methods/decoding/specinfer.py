@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from hardware.profile import Profile
-from methods.decoding.common import require_count
+from methods.checks import require_count
 from methods.decoding.common_drafts import (
     Choose,
     DraftModelMethod,

@@ -23,7 +23,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from hardware.profile import Profile
-from methods.decoding.common import StatefulDecodingMethod, require_choice, require_count, top_k
+from methods.checks import require_choice, require_count
+from methods.decoding.common import StatefulDecodingMethod, top_k
 from methods.decoding.common_trees import PUBLISHED_NODES, check_tree_nodes, static_tree
 from models.base import TextGenerator
 from models.decode import Accepted

@@ -1,12 +1,44 @@
-"""What embedding methods share: checks of settings and of what a model is."""
+"""What embedding methods share: the way into a model that is read through a prompt, and checks."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from methods.base import Method
-from models.base import Unsupported
+from hardware.profile import Profile
+from methods.base import Method, Output
+from methods.checks import method_name
+from models.base import TextEncoder, Unsupported
 from models.encoders import CausalEncoder, ReadOut
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMethod(Method[TextEncoder]):
+    """A method for causal language models, which are read through a prompt."""
+
+    capability = "TextEncoder"
+    output = Output.APPROXIMATE
+
+    @abstractmethod
+    def encoder(self, model: CausalEncoder) -> TextEncoder:
+        """Return what embeds as the method does, over the weights of `model`, which is kept.
+
+        Raises:
+            models.base.Unsupported: The model lacks the layer that is to be read.
+        """
+
+    @contextmanager
+    def apply(self, model: TextEncoder, hardware: Profile) -> Iterator[TextEncoder]:
+        """Yield an encoder over the same weights; the model itself is not touched.
+
+        Raises:
+            models.base.Unsupported: The model is no causal language model that is read through a
+                prompt, or has no such layer.
+        """
+        yield self.encoder(require_causal(self, model))
 
 
 def require_causal(method: Method[Any], model: object) -> CausalEncoder:
@@ -35,16 +67,3 @@ def read_by(method: Method[Any], encoder: CausalEncoder, read_out: ReadOut) -> C
         raise Unsupported(
             f"'{method_name(method)}' cannot read '{encoder.name}': {error}"
         ) from error
-
-
-def method_name(method: Method[Any]) -> str:
-    """Return what the method is called: its file's name."""
-    return type(method).__module__.rpartition(".")[2].replace("_", "-")
-
-
-def require_whole(name: str, value: object, meaning: str, low: int | None = None) -> None:
-    """Raise ValueError unless `value` is a whole number, of at least `low` where one is given."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {value!r}. {meaning}")
-    if low is not None and value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}. {meaning}")

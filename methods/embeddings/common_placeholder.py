@@ -7,17 +7,15 @@ nothing has to be taken away again.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from hardware.profile import Profile
-from methods.base import Method, Output
-from methods.embeddings.common import read_by, require_causal, require_whole
+from methods.checks import require_count
+from methods.embeddings.common import PromptMethod, read_by
 from models.base import EncoderFacts, Encoding, TextEncoder
 from models.encoders import BeforeLayer, CausalEncoder, ReadOut
 
@@ -110,7 +108,7 @@ class PlaceholderEncoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaceholderMethod(Method[TextEncoder]):
+class PlaceholderMethod(PromptMethod):
     """A method that puts one token of noise right before the quoted sentence.
 
     Attributes:
@@ -121,9 +119,6 @@ class PlaceholderMethod(Method[TextEncoder]):
         pst_seed: Seed of the placeholder's noise; results over several show what it decides.
         pst_std: Standard deviation of the noise, above 0.
     """
-
-    capability = "TextEncoder"
-    output = Output.APPROXIMATE
 
     prompt: QuotingPrompt = "prompteol"
     layer: int | Auto = "auto"
@@ -137,9 +132,15 @@ class PlaceholderMethod(Method[TextEncoder]):
                 f"prompt must be one of {', '.join(get_args(QuotingPrompt))}, got {self.prompt!r}."
             )
         if self.layer != "auto":
-            require_whole("layer", self.layer, "It counts hidden states, from the end if negative.")
-        require_whole("max_tokens", self.max_tokens, "It is counted in tokens.", low=1)
-        require_whole("pst_seed", self.pst_seed, "It seeds the placeholder's noise.", low=0)
+            require_count(
+                "layer",
+                self.layer,
+                None,
+                None,
+                "It counts hidden states, from the end if negative.",
+            )
+        require_count("max_tokens", self.max_tokens, 1, None, "It is counted in tokens.")
+        require_count("pst_seed", self.pst_seed, 0, None, "It seeds the placeholder's noise.")
         if not 0 < self.pst_std < float("inf"):
             raise ValueError(f"pst_std must be above 0 and finite, got {self.pst_std}.")
 
@@ -149,24 +150,16 @@ class PlaceholderMethod(Method[TextEncoder]):
     ) -> tuple[BeforeLayer | None, dict[str, float | int | str]]:
         """Return what happens to the input of each layer, and what was settled for this model."""
 
-    @contextmanager
-    def apply(self, model: TextEncoder, hardware: Profile) -> Iterator[TextEncoder]:
-        """Yield an encoder over the same weights; the model itself is not touched.
-
-        Raises:
-            models.base.Unsupported: The model is no causal language model that is read through a
-                prompt, or has no such layer.
-        """
-        encoder = require_causal(self, model)
+    def encoder(self, model: CausalEncoder) -> TextEncoder:
+        """Return the model with the placeholder in its prompts."""
         layer = (
-            default_layer(model_kind(encoder), self.prompt) if self.layer == "auto" else self.layer
+            default_layer(model_kind(model), self.prompt) if self.layer == "auto" else self.layer
         )
         read_out = ReadOut(prompt=self.prompt, layer=layer, max_tokens=self.max_tokens)
-        changed = read_by(self, encoder, read_out)
-        before_layer, notes = self.before_layer(encoder)
-        yield PlaceholderEncoder(
-            changed,
-            placeholder_row(encoder.dimension, self.pst_seed, self.pst_std),
+        before_layer, notes = self.before_layer(model)
+        return PlaceholderEncoder(
+            read_by(self, model, read_out),
+            placeholder_row(model.dimension, self.pst_seed, self.pst_std),
             before_layer,
             notes,
         )

@@ -9,19 +9,16 @@ without the chat format that instruction-tuned models have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hardware.profile import Profile
-from methods.base import Method, Output
-from methods.embeddings.common import require_causal, require_whole
-from models.base import TextEncoder, Unsupported
-from models.encoders import Pooling, ReadOut
+from methods.checks import require_count
+from methods.embeddings.common import PromptMethod, read_by
+from models.base import TextEncoder
+from models.encoders import CausalEncoder, Pooling, ReadOut
 
 
 @dataclass(frozen=True, kw_only=True)
-class Echo(Method[TextEncoder]):
+class Echo(PromptMethod):
     """The text twice in a prompt, read from the second time.
 
     Attributes:
@@ -30,31 +27,19 @@ class Echo(Method[TextEncoder]):
         max_tokens: Tokens of the text that are kept, each time.
     """
 
-    capability = "TextEncoder"
-    output = Output.APPROXIMATE
-
     pooling: Pooling = "mean"
     layer: int = -1
     max_tokens: int = 128
 
     def __post_init__(self) -> None:
-        require_whole("layer", self.layer, "It counts hidden states, from the end if negative.")
+        require_count(
+            "layer", self.layer, None, None, "It counts hidden states, from the end if negative."
+        )
         ReadOut(prompt="echo", pooling=self.pooling, max_tokens=self.max_tokens)
 
-    @contextmanager
-    def apply(self, model: TextEncoder, hardware: Profile) -> Iterator[TextEncoder]:
-        """Yield an encoder over the same weights; the model itself is not touched.
-
-        Raises:
-            models.base.Unsupported: The model is no causal language model that is read through a
-                prompt, or has no such layer.
-        """
-        encoder = require_causal(self, model)
+    def encoder(self, model: CausalEncoder) -> TextEncoder:
+        """Return the model read from the second time."""
         read_out = ReadOut(
             prompt="echo", layer=self.layer, pooling=self.pooling, max_tokens=self.max_tokens
         )
-        try:
-            read_out.depth(encoder.num_layers)
-        except ValueError as error:
-            raise Unsupported(f"'echo' cannot read '{encoder.name}': {error}") from error
-        yield encoder.configured(read_out=read_out)
+        return read_by(self, model, read_out)

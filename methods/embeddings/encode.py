@@ -18,7 +18,8 @@ from typing import Literal, get_args
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.embeddings.common import require_whole
+from methods.checks import require_count
+from methods.embeddings.common import read_by
 from models.base import TextEncoder, Unsupported
 from models.encoders import Batching, CausalEncoder, Pooling, PromptName, ReadOut, SentenceEncoder
 
@@ -60,9 +61,11 @@ class Encode(Method[TextEncoder]):
             raise ValueError(f"prompt must be one of {', '.join(prompts)}, got {self.prompt!r}.")
         if self.pooling not in poolings:
             raise ValueError(f"pooling must be one of {', '.join(poolings)}, got {self.pooling!r}.")
-        require_whole("layer", self.layer, "It counts hidden states, from the end if negative.")
-        require_whole("max_tokens", self.max_tokens, "It is counted in tokens.", low=1)
-        require_whole("batch_size", self.batch_size, "It is counted in prompts.", low=1)
+        require_count(
+            "layer", self.layer, None, None, "It counts hidden states, from the end if negative."
+        )
+        require_count("max_tokens", self.max_tokens, 1, None, "It is counted in tokens.")
+        require_count("batch_size", self.batch_size, 1, None, "It is counted in prompts.")
 
     @contextmanager
     def apply(self, model: TextEncoder, hardware: Profile) -> Iterator[TextEncoder]:
@@ -73,7 +76,6 @@ class Encode(Method[TextEncoder]):
                 one is asked for, or lacks the layer.
         """
         batching = Batching(batch_size=self.batch_size, sort_by_length=self.sort_by_length)
-        name = getattr(model, "name", type(model).__name__)
         if isinstance(model, CausalEncoder):
             read_out = ReadOut(
                 prompt="prompteol" if self.prompt == "auto" else self.prompt,
@@ -81,12 +83,9 @@ class Encode(Method[TextEncoder]):
                 pooling="last" if self.pooling == "auto" else self.pooling,
                 max_tokens=self.max_tokens,
             )
-            try:
-                read_out.depth(model.num_layers)
-            except ValueError as error:
-                raise Unsupported(f"'encode' cannot read '{name}': {error}") from error
-            yield model.configured(read_out=read_out, batching=batching)
+            yield read_by(self, model, read_out).configured(batching=batching)
             return
+        name = getattr(model, "name", type(model).__name__)
         if not isinstance(model, TextEncoder):
             raise Unsupported(
                 f"'encode' needs a text encoder; '{name}' is a {type(model).__name__}."

@@ -20,7 +20,7 @@ from typing import Final
 
 from torch import Tensor
 
-from methods.embeddings.common import require_whole
+from methods.checks import require_count
 from methods.embeddings.common_placeholder import (
     Auto,
     ModelKind,
@@ -60,9 +60,9 @@ class TokenPrepending(PlaceholderMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("start", self.start, "It counts layers from 0.", low=0)
+        require_count("start", self.start, 0, None, "It counts layers from 0.")
         if self.exit != "auto":
-            require_whole("exit", self.exit, "It counts layers from 0.", low=0)
+            require_count("exit", self.exit, 0, None, "It counts layers from 0.")
 
     def before_layer(
         self, model: CausalEncoder

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
+from methods.checks import method_name, require_count
 from models.attention import AttentionLM, AttentionRule, LayerCache, OpenSession, Rule
 from models.base import TextGenerator, Unsupported
 
@@ -62,7 +63,7 @@ class RuledAttention(Method[TextGenerator]):
         if self.most_tokens >= model.facts.max_positions:
             yield model
         else:
-            yield AttentionLM(model, self.rule, max_positions=self.longest_text)
+            yield AttentionLM(model, self.rule, longest_text=self.longest_text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,15 +250,6 @@ def by_kv_head(values: Tensor, kv_heads: int) -> Tensor:
     return values.unflatten(0, (kv_heads, -1)).sum(1)
 
 
-def method_name(method: Method[Any]) -> str:
-    """Return what the method is called: its file's name."""
-    return type(method).__module__.rpartition(".")[2].replace("_", "-")
-
-
 def require_tokens(name: str, value: object, low: int) -> None:
     """Raise ValueError unless `value` is a whole number of tokens, at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(
-            f"{name} must be a whole number of at least {low}, got {value!r}. It is counted in "
-            "tokens."
-        )
+    require_count(name, value, low, None, "It is counted in tokens.")

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from methods.sparse_attention.common import (
-    BudgetedAttention,
     EvictingRule,
+    SharedBudget,
     best_and_recent,
     by_kv_head,
-    require_share,
     require_tokens,
 )
 from models.attention import LayerCache, OpenSession
@@ -64,7 +63,7 @@ class HeavyHitterRule(EvictingRule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(BudgetedAttention):
+class H2O(SharedBudget):
     """Heavy hitters and a window.
 
     Attributes:
@@ -74,17 +73,13 @@ class H2O(BudgetedAttention):
         chunk: Tokens of a prompt whose scores are held at once; it changes memory, not the result.
     """
 
-    recent_share: float = 0.5
     chunk: int = 128
     trial = MappingProxyType({"budget": 6})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_share("recent_share", self.recent_share)
         require_tokens("chunk", self.chunk, 1)
 
     def rule(self) -> HeavyHitterRule:
         """Return the rule of one text."""
-        return HeavyHitterRule(
-            self.budget, round(self.budget * self.recent_share), chunk=self.chunk
-        )
+        return HeavyHitterRule(self.budget, self.recent, chunk=self.chunk)

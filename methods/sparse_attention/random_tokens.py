@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from methods.sparse_attention.common import (
-    BudgetedAttention,
     EvictingRule,
+    SharedBudget,
     best_and_recent,
-    require_share,
 )
 from models.attention import LayerCache
 
@@ -55,27 +54,24 @@ class RandomRule(EvictingRule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomTokens(BudgetedAttention):
+class RandomTokens(SharedBudget):
     """A random sample and a window.
 
     Attributes:
         budget: Tokens whose keys and values stay after each forward, in each key-value head. A
             prompt is read with full attention and then cut down.
-        recent_share: Share of them that are the latest, as for `h2o`.
         seed: Seed of the choice; layers and heads choose differently.
     """
 
     role = "control"
-    recent_share: float = 0.5
     seed: int = 0
     trial = MappingProxyType({"budget": 4})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_share("recent_share", self.recent_share)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
 
     def rule(self) -> RandomRule:
         """Return the rule of one text."""
-        return RandomRule(self.budget, round(self.budget * self.recent_share), self.seed)
+        return RandomRule(self.budget, self.recent, self.seed)

@@ -4,10 +4,11 @@ The attention of the last tokens of a prompt, an observation window, to all befo
 and smoothed over neighbours; the tokens with most votes and the window itself stay. That happens
 once, when the prompt has been read with full attention; what is written after it all stays.
 
-Source: arXiv 2404.14469, section 4 and listing 1; FasterDecoding/SnapKV. Defaults are those of its
-LongBench runs (window 32, max-pooling over 7). Differs from that code, which repeats keys and
-values for each query head before it drops some: here the heads of a key-value head vote together,
-so that grouped models keep what they save by grouping.
+Source: arXiv 2404.14469, section 4 and listing 1; FasterDecoding/SnapKV at 395b54d. Defaults are
+those of its LongBench example (`ablation_c4096_w32_k7_maxpool`: window 32, max-pooling over 7),
+but for the budget; where nothing is configured that code pools by the mean over 5. Differs from
+it: it repeats keys and values for each query head before it drops some; here the heads of a
+key-value head vote together, so that grouped models keep what they save by grouping.
 """
 
 from __future__ import annotations

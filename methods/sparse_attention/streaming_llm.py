@@ -15,47 +15,32 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from methods.sparse_attention.common import (
-    NOTHING_DROPPED,
-    BudgetedAttention,
     EndsRule,
-    PromptMode,
-    require_prompt_mode,
+    LatestAttention,
     require_tokens,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(BudgetedAttention):
+class StreamingLLM(LatestAttention):
     """Attention sinks and a window.
 
     Attributes:
         budget: Tokens whose keys and values stay after each forward, sinks included.
         sinks: First tokens of the text that stay for good.
-        prompt: `dense` reads a prompt with full attention and then cuts it down; `streamed` reads
-            it within the budget too, and texts may be longer than the model's context.
-        chunk: Tokens of a streamed prompt that are read at once, on top of the budget.
     """
 
     sinks: int = 4
-    prompt: PromptMode = "dense"
-    chunk: int = 16
     trial = MappingProxyType({"budget": 6, "sinks": 2})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_tokens("sinks", self.sinks, 0)
-        require_tokens("chunk", self.chunk, 1)
-        require_prompt_mode(self.prompt)
         if self.sinks >= self.budget:
             raise ValueError(
                 f"sinks must be fewer than budget, got {self.sinks} and {self.budget}: the latest "
                 "tokens are part of the budget."
             )
-
-    @property
-    def longest_text(self) -> int | None:
-        """No limit for streamed texts: no distance ever exceeds the budget."""
-        return NOTHING_DROPPED if self.prompt == "streamed" else None
 
     def rule(self) -> EndsRule:
         """Return the rule of one text."""

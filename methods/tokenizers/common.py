@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
+from methods.checks import method_name, require_choice
 from models.base import Decoding, Generation, TextScore, TokenizedLM, Tokenizer, Unsupported
 from models.loading import ModelError
 from models.tokenized import (
@@ -474,26 +475,3 @@ class PermutedTokenizer:
 
 def _digest(rows: Tensor) -> str:
     return hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-# --- settings -------------------------------------------------------------------------------------
-
-
-def method_name(method: Method[Any]) -> str:
-    """Return what the method is called: its file's name."""
-    return type(method).__module__.rpartition(".")[2].replace("_", "-")
-
-
-def require_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is one of the allowed words."""
-    words = tuple(allowed)
-    if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}.")
-
-
-def require_count(name: str, value: object, low: int, meaning: str) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(
-            f"{name} must be a whole number of at least {low}, got {value!r}. {meaning}"
-        )

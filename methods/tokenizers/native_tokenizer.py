@@ -9,7 +9,8 @@ from types import MappingProxyType
 
 from hardware.profile import Profile
 from methods.base import Output
-from methods.tokenizers.common import TokenizerMethod, method_name
+from methods.checks import method_name
+from methods.tokenizers.common import TokenizerMethod
 from models.base import TokenizedLM, Unsupported
 
 

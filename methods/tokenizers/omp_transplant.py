@@ -21,14 +21,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from methods.checks import require_choice, require_count
 from methods.tokenizers.common import (
     Space,
     Table,
     VocabularyTransplant,
     byte_matches,
     prefix_matches,
-    require_choice,
-    require_count,
 )
 from methods.tokenizers.common_pursuit import orthogonal_matching_pursuit
 from models.base import Unsupported
@@ -66,8 +65,8 @@ class OmpTransplant(VocabularyTransplant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("k", self.k, 1, "It is the number of shared tokens in a combination.")
-        require_count("batch", self.batch, 1, "It is a number of tokens.")
+        require_count("k", self.k, 1, None, "It is the number of shared tokens in a combination.")
+        require_count("batch", self.batch, 1, None, "It is a number of tokens.")
         require_choice("prefix_match", self.prefix_match, get_args(Match))
         require_choice("byte_match", self.byte_match, get_args(Match))
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.tokenizers.common import Space, VocabularyTransplant, require_count
+from methods.checks import require_count
+from methods.tokenizers.common import Space, VocabularyTransplant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class RandomRows(VocabularyTransplant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("seed", self.seed, 0, "It seeds the draw.")
+        require_count("seed", self.seed, 0, None, "It seeds the draw.")
 
     def new_rows(self, space: Space, token_ids: Tensor) -> Tensor:
         """Return draws from the normal distribution of the base's rows."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from methods.tokenizers.common import Space, VocabularyTransplant, require_count
+from methods.checks import require_count
+from methods.tokenizers.common import Space, VocabularyTransplant
 from models.base import Unsupported
 
 _BATCH = 256
@@ -33,7 +34,9 @@ class WechselLike(VocabularyTransplant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("neighbours", self.neighbours, 1, "It is the number of averaged tokens.")
+        require_count(
+            "neighbours", self.neighbours, 1, None, "It is the number of averaged tokens."
+        )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}.")
 

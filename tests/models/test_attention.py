@@ -744,8 +744,10 @@ def test_a_text_may_be_longer_than_the_models_positions(observes: int | None) ->
     logits = []
     for kernels in ("transformers", "native"):
         model = model_of("llama-9-3", kernels)
-        longer = AttentionLM(model, lambda: Full(observes, 40), max_positions=200)
-        assert longer.facts.max_positions == 200
+        longer = AttentionLM(model, lambda: Full(observes, 40), longest_text=200)
+        assert longer.facts.longest_text == 200
+        # What a prompt is cut to stays the model's own, so that all methods get the same one.
+        assert longer.facts.max_positions == model.facts.max_positions == 64
         session = longer.session(160)
         session.prefill(ids)
         logits.append(session.verify(DraftTree.root(3)).clone())

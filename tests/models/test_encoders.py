@@ -153,6 +153,19 @@ def test_text_tokens_are_the_text_and_the_prompts_end_is_kept(prompt: Any, text:
         assert len(inner) <= len(expected) + 4
 
 
+@pytest.mark.parametrize("prompt", ["prompteol", "knowledge", "echo"])
+@pytest.mark.parametrize("text", [*TEXTS, "a 'cat'"])
+def test_no_token_of_the_prompt_is_one_of_the_texts(prompt: Any, text: str) -> None:
+    made = encoder(prompt=prompt)
+    [found] = made.prompts(text)
+    inner = found.ids[found.text_tokens.start : found.text_tokens.stop]
+    expected = text if prompt == "echo" else cleaned(text)
+    assert expected in made.tokenizer.decode(inner)
+    # Each token at an end holds a part of it.
+    assert expected not in made.tokenizer.decode(inner[1:])
+    assert expected not in made.tokenizer.decode(inner[:-1])
+
+
 def test_echo_reads_the_second_time() -> None:
     [prompt] = encoder(prompt="echo").prompts(TEXTS[0])
     half = len(prompt.ids) // 2
@@ -207,6 +220,17 @@ def test_special_tokens_stay_in_front_and_go_behind() -> None:
     [prompt] = made.prompts("a cat")
     assert prompt.ids[0] == 0
     assert prompt.ids[1:] == tokenizer().encode('This sentence : "a cat." means in one word:"')
+    # One that the text itself holds is a part of it.
+    [prompt] = encoder(with_ends=True, prompt="plain").prompts("a cat</s>")
+    assert prompt.ids == [0, *tokenizer().encode("a cat"), 1]
+
+
+def test_special_tokens_are_none_of_those_that_are_kept() -> None:
+    long = " ".join(["flute"] * 300)
+    [bare] = encoder(prompt="plain", max_tokens=12).prompts(long)
+    [marked] = encoder(prompt="plain", max_tokens=12, with_ends=True).prompts(long)
+    assert len(bare.ids) == 12
+    assert marked.ids == [0, *bare.ids]
 
 
 def test_a_text_without_tokens_has_a_vector_too() -> None:
@@ -214,6 +238,9 @@ def test_a_text_without_tokens_has_a_vector_too() -> None:
         found = encoder(prompt="plain", pooling=pooling).encode(["", "a cat"])
         assert np.isfinite(found.vectors).all()
         assert found.token_counts[0] == 1
+    # Read as the token that begins a text, whose id here is 0.
+    [prompt] = encoder(prompt="plain").prompts("")
+    assert prompt.ids == [0]
 
 
 def test_no_texts_are_no_vectors() -> None:
@@ -246,6 +273,9 @@ def test_other_settings_leave_the_first_encoder_alone() -> None:
     made = encoder()
     before = made.encode(TEXTS).vectors
     other = made.configured(read_out=ReadOut(prompt="plain", layer=1))
+    few = made.configured(batching=Batching(batch_size=2))
+    assert few.read_out is made.read_out
+    assert few.configured(read_out=other.read_out).batching is few.batching
     assert other.facts.num_layers == 1
     assert not np.allclose(other.encode(TEXTS).vectors, before)
     assert made.facts.num_layers == 3
@@ -296,9 +326,25 @@ def test_operations_are_those_of_the_layers_that_run() -> None:
     attention = 4 * 4 * 16 * tokens * (tokens + 1) / 2
     assert found.trace.flops == pytest.approx(2 * (2 * layer * tokens + attention))
     assert made.facts.matrix_parameters == 2 * layer
+    assert made.facts.weight_bytes == 4 * 2 * layer
+    assert made.facts.dtype == "float32"
     assert found.trace.notes == {"layers": 2, "padded_tokens": tokens}
     assert [forward.width for forward in found.trace.prefill] == [tokens]
     assert list(found.trace.marks) == ["tokenized", "encoded"]
+
+
+def test_the_transposed_matrices_of_gpt2_are_counted() -> None:
+    config = module("gpt2").config
+    inner = config.n_inner or 4 * config.n_embd
+    layer = 4 * config.n_embd**2 + 2 * config.n_embd * inner
+    assert encoder("gpt2").facts.matrix_parameters == config.n_layer * layer
+
+
+def test_the_longest_texts_come_first() -> None:
+    lengths = [2, 9, 4, 9, 1]
+    assert list(Batching(batch_size=2).batches(lengths)) == [[1, 3], [2, 0], [4]]
+    as_they_come = Batching(batch_size=2, sort_by_length=False)
+    assert list(as_they_come.batches(lengths)) == [[0, 1], [2, 3], [4]]
 
 
 def test_sorting_by_length_pads_less() -> None:
@@ -389,6 +435,8 @@ def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
 def test_a_prompt_longer_than_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match="the context of 'tiny-llama' is 1024"):
         encoder(max_tokens=4000).encode([" ".join(["flute"] * 2000)])
+    whole = encoder(prompt="plain", max_tokens=1024).encode([" ".join(["flute"] * 2000)])
+    assert whole.token_counts == (1024,)
 
 
 # --- encoders of sentence-transformers ---
@@ -465,9 +513,21 @@ def test_work_of_a_sentence_encoder_is_counted(sentence_encoder: SentenceEncoder
     [tokens] = found.token_counts
     layer = 4 * 32 * 32 + 2 * 32 * 48
     assert sentence_encoder.facts.matrix_parameters == 2 * layer
+    assert sentence_encoder.facts.weight_bytes == 4 * 2 * layer
     attention = 2 * 4 * 32 * tokens * tokens
     assert found.trace.flops == pytest.approx(2 * 2 * layer * tokens + attention)
     assert list(found.trace.marks) == ["tokenized", "encoded"]
+    # A batch is no wider than the longest of its texts.
+    alone = sentence_encoder.configured(batching=Batching(batch_size=1)).encode(TEXTS)
+    assert alone.trace.notes == {"layers": 2, "padded_tokens": sum(alone.token_counts)}
+
+
+def test_a_sentence_encoder_is_loaded_as_asked(bert_folder: Path) -> None:
+    asked = LoadSettings(device="cpu", dtype="bfloat16", attention="eager")
+    made: Any = load_encoder(bert_folder, "tiny-bert", asked, bert_folder)
+    assert made.facts.dtype == "bfloat16"
+    assert made.facts.weight_bytes == 2 * made.facts.matrix_parameters
+    assert made.module[0].model.config._attn_implementation == "eager"
 
 
 def test_no_texts_are_no_vectors_for_a_sentence_encoder(sentence_encoder: SentenceEncoder) -> None:
@@ -519,8 +579,10 @@ def embedded(model: Any, name: Any) -> dict[int, Any]:
 @pytest.mark.weights
 def test_minilm_reaches_its_known_number_on_lee() -> None:
     model: Any = load("minilm-l6", offline=True, capability="TextEncoder")
-    found = spearman("lee", embedded(model.configured(max_tokens=128), "lee"))
-    assert found == pytest.approx(50.45, abs=0.2)
+    vectors = embedded(model.configured(max_tokens=128), "lee")
+    assert spearman("lee", vectors) == pytest.approx(50.45, abs=0.2)
+    pearson = load_mini("lee").numbers(vectors, np.ones((1, 50)))["cosine_pearson"][0]
+    assert pearson == pytest.approx(0.6538, abs=0.002)
 
 
 class _Spliced(CausalEncoder):

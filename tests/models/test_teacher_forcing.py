@@ -16,7 +16,7 @@ from models.base import Decoding, Forward, InvalidOutput, Trace, Unsupported
 from models.decode import decode
 from models.teacher_forcing import force, open_loss, split_ids
 from tests.models.tiny import tiny_model
-from tests.models.toy import TableModel, random_table
+from tests.models.toy import LetterTokenizer, TableModel, random_table
 
 PROMPT, CONTINUATION = [5, 17, 42, 3, 88, 9], [11, 60, 2, 2, 71, 33, 8, 19, 4, 27]
 
@@ -90,9 +90,20 @@ def test_a_text_past_the_window_is_refused_before_anything_runs() -> None:
     assert len(model.sessions) == 1
 
 
-def test_a_loss_that_is_no_number_is_no_result() -> None:
+@pytest.mark.parametrize("score", [math.nan, -math.inf])
+def test_a_loss_that_is_no_finite_number_is_no_result(score: float) -> None:
     with pytest.raises(InvalidOutput, match="no finite loss"):
-        open_loss(TableModel([[0.0, math.nan], [0.0, 0.0]]), [1], [0, 1])
+        open_loss(TableModel([[0.0, score], [0.0, 0.0]]), [1], [0, 1])
+
+
+def test_a_text_is_as_long_as_its_bytes_and_not_its_letters() -> None:
+    class Accented(LetterTokenizer):
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return "é" * len(token_ids)
+
+    model = TableModel(random_table(7))
+    model.tokenizer = Accented()
+    assert json.loads(force(model, [0], [1, 2, 3]).text)["bytes"] == 6
 
 
 class PairTokenizer:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from models.base import Decoding, InvalidOutput, TextGenerator, TokenizedLM, Unsupported
 from models.constraints import _byte_alphabet
-from models.loading import LoadSettings, ModelError
+from models.loading import LoadSettings, ModelError, donors
 from models.text import CausalLM
 from models.tokenized import (
     CausalTokenizedLM,
@@ -22,7 +22,6 @@ from models.tokenized import (
     ReplaceableVocabulary,
     TokenKey,
     donor_of,
-    donors,
     load_donor,
     load_tokenized,
     start_token,
@@ -252,8 +251,10 @@ def test_special_tokens_play_parts() -> None:
 def test_a_plain_tokenizer_adds_nothing_cuts_nothing_and_keeps_spaces() -> None:
     tokenizer = PlainTokenizer(word_piece())
     text = "the cat , the dog ; the mat ! and the theatre was hot"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode(text)) > 8
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) > 8
+    assert not {2, 3}.intersection(ids)  # [CLS] and [SEP]
 
 
 # --- donors ---------------------------------------------------------------------------------------

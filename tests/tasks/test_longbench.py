@@ -22,6 +22,7 @@ from tasks.longbench_protocol import (
     BUCKETS,
     CATEGORIES,
     EVEN_TASKS,
+    FIRST_LINE_TASKS,
     PLAIN_TASKS,
     PROTOCOLS,
     fit_prompt,
@@ -122,18 +123,38 @@ class _Tokenizer:
 # --- protocol ------------------------------------------------------------------------------------
 
 
-def test_there_are_21_tasks_of_six_categories_with_the_official_lengths() -> None:
-    assert len(PROTOCOLS) == 21
+# Section 4 and table 1 of the paper, and the official configuration of lengths.
+OFFICIAL = """
+    narrativeqa single-doc-qa qa_f1 128
+    qasper single-doc-qa qa_f1 128
+    multifieldqa_en single-doc-qa qa_f1 64
+    multifieldqa_zh single-doc-qa qa_f1_chinese 64
+    hotpotqa multi-doc-qa qa_f1 32
+    2wikimqa multi-doc-qa qa_f1 32
+    musique multi-doc-qa qa_f1 32
+    dureader multi-doc-qa rouge_l_chinese 128
+    gov_report summarization rouge_l 512
+    qmsum summarization rouge_l 512
+    multi_news summarization rouge_l 512
+    vcsum summarization rouge_l_chinese 512
+    trec few-shot classification 64
+    triviaqa few-shot qa_f1 32
+    samsum few-shot rouge_l 128
+    lsht few-shot classification 64
+    passage_count synthetic count 32
+    passage_retrieval_en synthetic retrieval 32
+    passage_retrieval_zh synthetic retrieval_chinese 32
+    lcc code code_similarity 64
+    repobench-p code code_similarity 64
+"""
+
+
+def test_each_of_the_21_tasks_has_its_category_score_and_length() -> None:
+    assert [
+        f"{name} {each.category} {each.scorer} {each.max_new_tokens}"
+        for name, each in PROTOCOLS.items()
+    ] == [line.strip() for line in OFFICIAL.strip().split("\n")]
     assert len(CATEGORIES) == 6
-    lengths = {name: each.max_new_tokens for name, each in PROTOCOLS.items()}
-    assert [name for name, length in lengths.items() if length == 512] == [
-        "gov_report",
-        "qmsum",
-        "multi_news",
-        "vcsum",
-    ]
-    assert sum(lengths.values()) == 4 * 512 + 4 * 128 + 6 * 64 + 7 * 32
-    assert len(EVEN_TASKS) == 13
     assert {name for name in PROTOCOLS if PROTOCOLS[name].language == "zh"} == {
         "multifieldqa_zh",
         "dureader",
@@ -141,6 +162,14 @@ def test_there_are_21_tasks_of_six_categories_with_the_official_lengths() -> Non
         "lsht",
         "passage_retrieval_zh",
     }
+
+
+def test_longbench_e_has_13_tasks_none_of_which_is_chinese() -> None:
+    left_out = {"narrativeqa", "musique", "qmsum"}
+    assert set(EVEN_TASKS) == {
+        name for name, each in PROTOCOLS.items() if each.language != "zh" and name not in left_out
+    }
+    assert len(EVEN_TASKS) == 13
 
 
 def test_templates_have_their_fields_and_their_odd_endings() -> None:
@@ -192,6 +221,16 @@ def test_a_cut_prompt_fits_and_keeps_its_order(count: int, limit: int, truncatio
     assert kept == sorted(set(kept))
     assert truncation == "left" or kept[0] == 0
     assert truncation == "right" or kept[-1] == count - 1
+
+
+def test_v1_decodes_each_half_by_itself_and_v2_both_at_once() -> None:
+    class Stripping(_Tokenizer):
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return super().decode(token_ids).lstrip()
+
+    tokenizer = Stripping(chat=False)
+    assert fit_prompt(tokenizer, "abcdef gh", 6) == "abcgh"
+    assert fit_prompt(tokenizer, "abcdef gh", 6, joined=True) == "abc gh"
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -253,6 +292,11 @@ def test_files_that_are_no_records_are_refused(tmp_path: Path, text: str, reason
         list(LongBench(task="lcc", folder=str(tmp_path)).items())
 
 
+def test_a_list_of_records_may_stand_below_an_empty_line(tmp_path: Path) -> None:
+    (tmp_path / "lcc.jsonl").write_text("\n" + json.dumps([record(0)]))
+    assert read_records("lcc", 1, folder=str(tmp_path), revision="main") == [record(0)]
+
+
 def test_line_separators_inside_a_record_do_not_cut_it(tmp_path: Path) -> None:
     text = json.dumps(record(0, input="a\u2028b\x85c"), ensure_ascii=False)
     (tmp_path / "lcc.jsonl").write_text(text, encoding="utf-8")
@@ -302,7 +346,8 @@ def test_few_shot_and_code_prompts_go_without_the_chat_template() -> None:
         ((asked, decoding),) = model.asked
         assert asked == ("prompt" if name in PLAIN_TASKS else "<user>prompt<assistant>")
         assert decoding == Decoding(max_new_tokens=protocol.max_new_tokens)
-    assert len(PLAIN_TASKS) == 6
+    assert sorted(FIRST_LINE_TASKS) == ["lsht", "samsum", "trec", "triviaqa"]
+    assert FIRST_LINE_TASKS | {"lcc", "repobench-p"} == PLAIN_TASKS
 
 
 def test_prompts_are_cut_before_the_template_is_put_around_them() -> None:

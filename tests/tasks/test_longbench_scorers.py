@@ -53,6 +53,7 @@ FROZEN: Sequence[tuple[Scorer, str, str, float]] = (
     ("rouge_l", " ", "a", 0.0),
     ("rouge_l", "a b", "b a", 1 / 2),
     ("rouge_l", "the cat sat", "the cat", 4 / 5),
+    ("rouge_l", "b a. b", "a b", 1 / 2),  # of `b a` it is `b` that is common: L 1, m 2, n 2
     ("classification", "Human group", "Human group", 1.0),
     ("classification", "Human", "Human", 1.0),
     ("classification", "Human group", "Human", 1 / 2),  # both are named, none is part of `Human`
@@ -68,6 +69,7 @@ FROZEN: Sequence[tuple[Scorer, str, str, float]] = (
     ("retrieval", "3", "Paragraph 3", 1.0),
     ("retrieval", "Paragraph 30", "Paragraph 3", 0.0),
     ("retrieval", "none", "Paragraph 3", 0.0),
+    ("retrieval", "3", "Of 30: Paragraph 3", 1.0),
     ("retrieval_chinese", "是段落7。", "段落7", 1.0),
     ("retrieval_chinese", "7 8 9", "段落7", 1 / 3),
     # 2 M / T in whole hundredths: M matched characters, T those of both lines.
@@ -80,6 +82,8 @@ FROZEN: Sequence[tuple[Scorer, str, str, float]] = (
     ("code_similarity", "a // b", "a // b", 0.0),  # no line is left
     ("code_similarity", "ab", "ba", 0.5),
     ("code_similarity", "x = foo(1)", "x = foo(2)", 0.9),
+    ("code_similarity", "y" + "x" * 100, "x" * 199, 0.67),
+    ("code_similarity", "y" + "x" * 100, "x" * 200, 0.0),  # too frequent in so long a line to count
 )
 
 
@@ -99,6 +103,7 @@ def test_the_best_answer_counts_and_no_answer_scores_nothing() -> None:
 def test_few_shot_answers_are_scored_by_their_first_line() -> None:
     text = "\n\nPlace\nHuman"
     assert first_line(text) == "Place"
+    assert first_line(" \nPlace") == " "  # only line breaks are left out
     scored = [
         score_prediction("classification", text, ["Place"], KINDS_OF_QUESTION, only_first_line=only)
         for only in (True, False)
@@ -141,6 +146,8 @@ def test_chinese_answers_are_compared_word_by_word() -> None:
     [
         ("The correct answer is (B).", "B"),
         ("**The correct answer is C**", "C"),
+        ("The correct answer is **(B)**", "B"),
+        ("So the correct answer is C", ""),
         ("The correct answer is A, not (B). The correct answer is (D)", "D"),  # brackets first
         ("I think it is B", ""),
         ("The correct answer is (E)", ""),

@@ -27,7 +27,14 @@ from tasks.mteb_data import (
     Retrieval,
 )
 from tasks.mteb_mini import labelled
-from tasks.mteb_scorers import clustering_bags
+from tasks.mteb_scorers import (
+    CLUSTERINGS,
+    EXPERIMENTS,
+    KMEANS_BATCH,
+    PROBE_STEPS,
+    SHOTS,
+    clustering_bags,
+)
 
 WORDS = ("rain", "snow", "bread", "milk", "tree", "stone", "glass", "river", "moon", "chair")
 Install = Callable[[Callable[[], Any]], None]
@@ -229,6 +236,21 @@ def test_the_record_names_package_and_data(install: Install) -> None:
     assert found["mteb"].count(".") == 2
     assert found["data"] == "local/none at 1"
     assert found["main_score"] == "cosine_spearman"
+
+
+def test_the_protocol_is_that_of_the_installed_mteb() -> None:
+    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering
+
+    probe: Any = AbsTaskClassification.evaluator_model
+    assert (AbsTaskClassification.samples_per_label, AbsTaskClassification.n_experiments) == (
+        SHOTS,
+        EXPERIMENTS,
+    )
+    assert probe.max_iter == PROBE_STEPS
+    assert (AbsTaskClustering.n_clusters, AbsTaskClustering.k_mean_batch_size) == (
+        CLUSTERINGS,
+        KMEANS_BATCH,
+    )
 
 
 def test_what_a_task_reports_is_known_without_its_data() -> None:

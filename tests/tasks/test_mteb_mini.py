@@ -149,6 +149,17 @@ def test_a_judgement_is_part_of_the_content(monkeypatch: pytest.MonkeyPatch) -> 
     assert MtebMini(task="wordsim").content_hash() != before
 
 
+def test_items_in_batches_know_and_count_each_of_their_units() -> None:
+    task = MtebMini(task="wordsim", units_per_item=3)
+    gold: Any = load_mini("wordsim").gold  # type: ignore[attr-defined]  # a PairList
+    first, second, *_ = task.items()
+    assert [*first.fields["known"], *second.fields["known"]] == list(gold[:6])
+    # In the order of the outputs, whatever that is.
+    counts = task.unit_counts({second.id: "", first.id: ""}, np.array([[0, 1], [0, 0]]))
+    assert counts[:, :6].tolist() == [[1] * 6, [0, 0, 0, 2, 2, 2]]
+    assert not counts[:, 6:].any()
+
+
 @pytest.mark.parametrize("name", ["wordsim", "lee"])
 def test_units_in_batches_have_the_same_number(name: MiniTask) -> None:
     single, batched = MtebMini(task=name), MtebMini(task=name, units_per_item=7)
@@ -240,6 +251,17 @@ def test_a_vector_that_is_no_number_is_no_output(wrong: float) -> None:
     task = MtebMini(task="wordsim")
     with pytest.raises(InvalidOutput, match="NaN or infinity"):
         task.call(Broken(), next(task.items()))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_each_text_has_one_vector(rows: int) -> None:
+    class Miscounting(WordVectors):
+        def encode(self, texts: Sequence[str]) -> Encoding:
+            return super().encode([texts[0]] * rows)
+
+    task = MtebMini(task="wordsim")
+    with pytest.raises(InvalidOutput, match=rf"2 texts became vectors of shape \({rows}, 48\)"):
+        task.call(Miscounting(), next(task.items()))
 
 
 def test_a_call_says_how_many_texts_and_tokens_it_had() -> None:

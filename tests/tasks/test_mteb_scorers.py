@@ -144,14 +144,26 @@ def test_clusters_that_are_far_apart_are_found_and_resampled() -> None:
     assert v_measures(vectors, shuffled, bags, counts)[0] < 0.2
 
 
-def test_ndcg_is_scikit_learns_over_the_first_ten() -> None:
+def test_many_resamples_of_a_clustering_are_as_good_as_one_at_a_time() -> None:
+    generator = np.random.default_rng(0)
+    vectors, labels = generator.standard_normal((30, 4)), ["a", "b", "c"] * 10
+    bags = clustering_bags(30, 30, random.Random(42))
+    counts = draw_counts(generator.integers(30, size=(300, 30)), 30)
+    together = v_measures(vectors, labels, bags, counts)
+    for row in (0, 255, 256, 299):
+        alone = v_measures(vectors, labels, bags, counts[row : row + 1])
+        assert together[row] == pytest.approx(alone[0])
+
+
+@pytest.mark.parametrize("judged", [4, 14])
+def test_ndcg_is_scikit_learns_over_the_first_ten(judged: int) -> None:
     generator = np.random.default_rng(1)
     queries, documents = generator.standard_normal((8, 5)), generator.standard_normal((30, 5))
     relevant = [
         {int(place): int(grade) for place, grade in zip(places, grades, strict=True)}
         for places, grades in zip(
-            [generator.choice(30, 4, replace=False) for _ in range(8)],
-            generator.integers(1, 4, (8, 4)),
+            [generator.choice(30, judged, replace=False) for _ in range(8)],
+            generator.integers(1, 4, (8, judged)),
             strict=True,
         )
     ]
@@ -167,6 +179,8 @@ def test_the_later_of_equal_documents_comes_first() -> None:
     documents = np.ones((12, 2))
     found = ndcg_at_10(np.ones((3, 2)), documents, [{11: 1}, {2: 1}, {1: 1}])
     assert found == pytest.approx([1.0, 1 / math.log2(11), 0.0])
+    # To a query of zeros all documents are equal.
+    assert ndcg_at_10(np.zeros((1, 2)), np.eye(2), [{1: 1}]) == pytest.approx([1.0])
 
 
 def test_eight_of_each_label_are_drawn_alike_every_time() -> None:

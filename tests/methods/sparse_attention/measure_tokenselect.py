@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hardware.profile import Profile
-from methods.sparse_attention.tokenselect import TokenSelect, TokenSelectLM, TokenSelectRule
+from methods.sparse_attention.tokenselect import TokenSelect, TokenSelectRule
 from models.attention import AttentionLM, AttentionRule, Rule
 from models.base import Decoding, TextGenerator
 from models.embedded.tiny_lm_retrieval.data import Question, draw_question
@@ -196,7 +196,8 @@ def print_recall(count: int = 25) -> None:
                 ("k=64", SHORT),
                 ("k=64, blocks of 16", replace(SHORT, block=16)),
             ):
-                shares[name] = recalled(TokenSelectLM(model, method), questions)
+                with method.apply(model, CPU) as selected:
+                    shares[name] = recalled(selected, questions)
             shown = " ".join(f"| {name} {share:.0%}" for name, share in shares.items())
             print(f"{facts:2} facts, {length:4} tokens {shown}", flush=True)
 

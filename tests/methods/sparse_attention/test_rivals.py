@@ -408,6 +408,21 @@ def test_votes_spread_to_the_neighbours_of_a_peak() -> None:
     assert float(votes[4]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_mean_votes_count_what_lies_beyond_the_ends_as_nothing() -> None:
+    votes = count_votes(torch.zeros(2, 1, 10), 1, 3, "mean")[0]
+    # Two heads give each of the ten rows a tenth; the first and the last row lack a neighbour.
+    assert votes.tolist() == pytest.approx([2 / 3 * 0.2, *[0.2] * 7, 2 / 3 * 0.2])
+
+
+def test_defaults_and_windows_are_those_of_the_authors() -> None:
+    snapkv = SnapKV()
+    assert (snapkv.window, snapkv.kernel, snapkv.pooling) == (32, 7, "max")
+    # However long a window is, it goes through the rule in one piece: all of it votes.
+    assert SnapKV(budget=900, window=800).rule().chunk == 800
+    assert StreamingLLM().sinks == 4
+    assert H2O().recent_share == RandomTokens().recent_share == 0.5
+
+
 def test_numbers_of_random_tokens_are_spread_and_differ_between_layers_heads_and_seeds() -> None:
     positions = torch.arange(4000).expand(2, -1)
     numbers = draw(positions, 0, 0)

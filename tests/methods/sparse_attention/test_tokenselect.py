@@ -70,7 +70,7 @@ def run(
 ) -> tuple[Tensor, Spy, AttentionSession]:
     """Return logits of the prompt and of fed tokens, (tokens, vocab), the rule and the session."""
     spy = Spy(method, selects_always=selects_always)
-    session = AttentionLM(model or tiny_model(), lambda: spy, max_positions=10_000).session(
+    session = AttentionLM(model or tiny_model(), lambda: spy, longest_text=10_000).session(
         len(prompt) + len(continuation)
     )
     logits = [session.prefill(prompt, all_logits=True)]
@@ -209,7 +209,7 @@ def test_no_position_lies_beyond_the_budget_however_long_the_text(
                 del cache.attend_rows
 
     spy = Watching(method)
-    model = AttentionLM(tiny_model(), lambda: spy, max_positions=10_000)
+    model = AttentionLM(tiny_model(), lambda: spy, longest_text=10_000)
     session = model.session(620)
     session.prefill((PROMPT * 30)[:600])
     for token in PROMPT[:20]:

@@ -62,6 +62,15 @@ def test_long_atoms_are_preferred_where_scikit_learn_normalises() -> None:
     assert found.indices.tolist() == [[1]]  # inner products 1 and 8.8, cosines 0.995 and 0.77
 
 
+def test_an_atom_is_taken_once_however_long_it_is() -> None:
+    # What rounding leaves along the long atom is more than the short ones' whole product.
+    dictionary, vectors = gaussian(30, 24, 1), gaussian(6, 24, 3)
+    dictionary[5] = gaussian(1, 24, 2)[0] * 1e8
+    found = orthogonal_matching_pursuit(dictionary, vectors, 6)
+    for row, vector in zip(found.indices.tolist(), vectors.double().numpy(), strict=True):
+        assert row == plain_pursuit(dictionary.double().numpy(), vector, 6)[0]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_sum_of_three_atoms_is_found_exactly(seed: int) -> None:
     dictionary = torch.nn.functional.normalize(gaussian(200, 64, seed))
