@@ -126,9 +126,10 @@ class LayerCache(Protocol):
             queries: (width, heads, head_dim).
             rows: Row numbers, ascending, int64: (chosen,) for all heads, (kv_heads, chosen) for
                 each key-value head, or (heads, chosen) for each query head.
-            positions: Where the chosen rows' tokens are to stand, (chosen,), int64, in a cache
-                that is not `rotated`; where they truly stand when None. The new tokens must be the
-                last ones chosen then, and each query stands where its own row does.
+            positions: Where the chosen rows' tokens are to stand, (chosen,), int64; where they
+                truly stand when None. In a `rotated` cache they are turned on from there. The new
+                tokens must be the last ones chosen then, and each query stands where its own row
+                does.
 
         Returns:
             (width, heads, head_dim).

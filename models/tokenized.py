@@ -129,8 +129,6 @@ class PlainTokenizer(HubTokenizer):
         if backend is not None:
             from tokenizers import decoders
 
-            backend.no_truncation()
-            backend.no_padding()
             decoder = json.loads(backend.to_str())["decoder"] or {}
             if decoder.get("type") == "WordPiece":
                 # Its clean-up takes out spaces, which no byte count would forgive.
@@ -374,7 +372,7 @@ def windows(num_tokens: int, width: int) -> Iterator[Window]:
     """
     first = 0
     while first < num_tokens:
-        begin = max(0, first - width // 2) if first else 0
+        begin = max(0, first - width // 2)
         end = min(begin + width, num_tokens)
         yield Window(begin, first, end)
         first = end

@@ -11,8 +11,8 @@ papers multiply by 100. Differs from the official scripts in this:
   the same.
 
 A method that compresses the prompt sees the question in it (query-aware, as in most papers on
-that); no setting hides it. `max_length` 0 follows the window of the model that is asked, so a
-method that lifts the window reads longer prompts than its baseline unless a length is given.
+that); no setting hides it. `max_length` 0 follows the window that the model was made for, also
+under a method that reads longer texts, so that all get the same prompt.
 
 With several tasks, `score` is the mean over tasks of their means, and `by-category` the mean over
 categories of those; the authors' tables show the latter, most papers the former. One item:
@@ -34,15 +34,14 @@ from tasks.longbench_generator import make_item
 from tasks.longbench_protocol import (
     BUCKETS,
     CATEGORIES,
-    CHATS,
     EVEN_TASKS,
     FIRST_LINE_TASKS,
     PLAIN_TASKS,
     PROTOCOLS,
-    TRUNCATIONS,
     Chat,
     Truncation,
     check_choice,
+    check_prompting,
     in_turn,
     length_bucket,
     prompt_ids,
@@ -97,13 +96,10 @@ class LongBench(Task[TextGenerator]):
     def __post_init__(self) -> None:
         names = EVEN_TASKS if self.e else tuple(PROTOCOLS)
         check_choice("task", self.task, ("all", *_LANGUAGES, *CATEGORIES, *names))
-        check_choice("truncation", self.truncation, TRUNCATIONS)
-        check_choice("chat", self.chat, CHATS)
+        check_prompting(self.max_length, self.truncation, self.chat)
         check_choice("template", self.template, ("official", "folder"))
         if self.e and not self.tasks:
             raise ValueError(f"LongBench-E is English and code; it has no task of {self.task!r}.")
-        if self.max_length < 0 or self.max_length == 1:
-            raise ValueError(f"max_length must be 0 or at least 2, got {self.max_length}.")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0 or more, got {self.max_new_tokens}.")
 

@@ -403,6 +403,14 @@ def prompt_ids(
     return model.tokenizer.encode(text) if ids is None else ids
 
 
+def check_prompting(max_length: int, truncation: str, chat: str) -> None:
+    """Raise ValueError unless these say how a prompt is made; see `fit_prompt`."""
+    check_choice("truncation", truncation, TRUNCATIONS)
+    check_choice("chat", chat, CHATS)
+    if max_length < 0 or max_length == 1:
+        raise ValueError(f"max_length must be 0 or at least 2, got {max_length}.")
+
+
 def usual_max_length(model: TextGenerator, max_new_tokens: int) -> int:
     """Return how many tokens a prompt may have: the window less 500, as the official settings.
 

@@ -18,11 +18,10 @@ from models.base import Decoding, Generation, TextGenerator, Unsupported
 from tasks.base import Dataset, Item, Metric, Scored, Scores, Task
 from tasks.longbench_generator import make_item
 from tasks.longbench_protocol import (
-    CHATS,
-    TRUNCATIONS,
     Chat,
     Truncation,
     check_choice,
+    check_prompting,
     choice_prompt,
     prompt_ids,
     read_records,
@@ -71,10 +70,7 @@ class LongBenchV2(Task[TextGenerator]):
 
     def __post_init__(self) -> None:
         check_choice("part", self.part, ("all", *DIFFICULTIES, *LENGTHS))
-        check_choice("truncation", self.truncation, TRUNCATIONS)
-        check_choice("chat", self.chat, CHATS)
-        if self.max_length < 0 or self.max_length == 1:
-            raise ValueError(f"max_length must be 0 or at least 2, got {self.max_length}.")
+        check_prompting(self.max_length, self.truncation, self.chat)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if not self.temperature >= 0:

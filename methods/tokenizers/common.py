@@ -74,6 +74,11 @@ class Space(NamedTuple):
     base_tokenizer: Tokenizer
     hidden: frozenset[int] = frozenset()
 
+    @property
+    def base_tokens(self) -> Tensor:
+        """Rows of the base that a token has, (tokens, width), hidden ones included."""
+        return self.base[: len(self.base_vocabulary)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerMethod(Method[TokenizedLM]):
@@ -173,6 +178,10 @@ class VocabularyTransplant(TokenizerMethod):
         donor = find_donor(self.donor, model)
         alignment = align(model.vocabulary, donor.vocabulary)
         alignment, hidden = without(alignment, donor.vocabulary, self.hide)
+        if donor.vocabulary == model.vocabulary and not self.hide:
+            # The same tokens: also rows that no token has, or that several share, stay as they are.
+            every = torch.arange(len(model.input_rows))
+            alignment = Alignment(len(every), every, every, alignment.new)
         if not len(alignment.shared_donor):
             raise Unsupported(f"'{model.name}' and donor '{self.donor}' share no token.")
         # A tied base stays tied: its one table is made in the donor's input embedding, whether or
@@ -265,12 +274,10 @@ class _Table:
         rows: Tensor,
         missing: set[int],
         make: Callable[[Tensor], Tensor],
-        cleared: Tensor,
     ) -> None:
         self.rows = rows
         self._missing = missing
         self._make = make
-        self._cleared = cleared
 
     @classmethod
     def of(
@@ -289,7 +296,7 @@ class _Table:
             rows[token] = space.base[source]
         rows[method.cleared(space)] = 0
         missing = set(new) - copies.keys()
-        return cls(rows, missing, lambda ids: method.new_rows(space, ids), method.cleared(space))
+        return cls(rows, missing, lambda ids: method.new_rows(space, ids))
 
     def fill(self, token_ids: Iterable[int]) -> list[int]:
         """Make the rows among these that are missing, and return their ids."""
@@ -312,6 +319,12 @@ def _nothing(token_ids: Tensor) -> Tensor:
 # --- vocabularies ---------------------------------------------------------------------------------
 
 
+def first_ids(vocabulary: Vocabulary) -> dict[TokenKey, int]:
+    """Return the lowest id of each key."""
+    numbered = reversed(list(enumerate(vocabulary.keys)))
+    return {key: number for number, key in numbered if key is not None}
+
+
 def align(base: Vocabulary, donor: Vocabulary) -> Alignment:
     """Match the tokens of two vocabularies.
 
@@ -319,10 +332,7 @@ def align(base: Vocabulary, donor: Vocabulary) -> Alignment:
     tokens match by their keys. Several ids of the base for a key: the lowest counts (the released
     code keeps the last).
     """
-    ids: dict[TokenKey, int] = {}
-    for number, key in enumerate(base.keys):
-        if key is not None:
-            ids.setdefault(key, number)
+    ids = first_ids(base)
     by_role = {
         donor.roles[role]: base.roles[role]
         for role in reversed(tuple(ROLES))  # the first of several parts decides, so it comes last
@@ -373,7 +383,7 @@ def without(
 
 def prefix_matches(base: Vocabulary, donor: Vocabulary, token_ids: Iterable[int]) -> dict[int, int]:
     """Return for donor tokens the base token that is their longest proper prefix, where one is."""
-    ids = {key: number for number, key in reversed(list(enumerate(base.keys))) if key is not None}
+    ids = first_ids(base)
     found = {}
     for token in token_ids:
         key = donor.keys[token]
@@ -388,7 +398,7 @@ def prefix_matches(base: Vocabulary, donor: Vocabulary, token_ids: Iterable[int]
 
 def byte_matches(base: Vocabulary, donor: Vocabulary, token_ids: Iterable[int]) -> dict[int, int]:
     """Return for donor tokens of one byte the base token of that byte, `<0x41>` for `A` or back."""
-    ids = {key: number for number, key in reversed(list(enumerate(base.keys))) if key is not None}
+    ids = first_ids(base)
     other = {"byte": "inner", "inner": "byte"}
     found = {}
     for token in token_ids:

@@ -21,5 +21,5 @@ class MeanRows(VocabularyTransplant):
 
     def new_rows(self, space: Space, token_ids: Tensor) -> Tensor:
         """Return the mean over the base's tokens, once for each new one."""
-        tokens = space.base[: len(space.base_vocabulary)]
+        tokens = space.base_tokens
         return tokens.mean(dim=0).expand(len(token_ids), -1)

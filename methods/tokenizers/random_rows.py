@@ -32,7 +32,7 @@ class RandomRows(VocabularyTransplant):
 
     def new_rows(self, space: Space, token_ids: Tensor) -> Tensor:
         """Return draws from the normal distribution of the base's rows."""
-        tokens = space.base[: len(space.base_vocabulary)].double()
+        tokens = space.base_tokens.double()
         mean = tokens.mean(dim=0)
         # Few tokens span no full space; a root of the covariance by its eigenvectors needs none.
         values, vectors = torch.linalg.eigh(torch.cov(tokens.T))

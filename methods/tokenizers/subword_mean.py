@@ -22,7 +22,7 @@ class SubwordMean(VocabularyTransplant):
 
     def new_rows(self, space: Space, token_ids: Tensor) -> Tensor:
         """Return means over pieces; the mean over all tokens where there are no pieces."""
-        mean = space.base[: len(space.base_vocabulary)].mean(dim=0)
+        mean = space.base_tokens.mean(dim=0)
         speller = Speller(space)
         rows = [
             space.base[ids].mean(dim=0) if (ids := speller.pieces(token)) else mean

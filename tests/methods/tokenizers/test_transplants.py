@@ -229,6 +229,13 @@ def test_hidden_tokens_get_the_same_rows_whichever_way_the_donor_is_turned() -> 
     torch.testing.assert_close(error, found.residual_norms[:, -1], atol=1e-4, rtol=1e-3)
 
 
+def test_rows_that_no_token_has_stay_when_the_tokens_are_the_models_own() -> None:
+    model = tiny_lm(spare_rows=7)
+    changed = transplanted(small(OmpTransplant, donor="same"), model)
+    assert torch.equal(changed.input_rows, model.input_rows)
+    assert changed.score(TEXT).bits == model.score(TEXT).bits
+
+
 # --- another tokenizer ----------------------------------------------------------------------------
 
 
