@@ -165,6 +165,17 @@ def test_a_byte_and_its_character_match_in_both_directions() -> None:
     assert byte_matches(base, donor, range(4)) == {0: 0, 1: 1}
 
 
+def test_rows_that_are_little_like_the_unused_ones_are_harmless() -> None:
+    # Cosines to the unused row up to 0.4: a few are above the 99% quantile, none above a half.
+    cosines = torch.linspace(0, 0.4, 300)
+    rows = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
+    rows = torch.cat([rows, torch.tensor([[1.0, 0.0]])])
+    keys = tuple(TokenKey("word", str(number).encode()) for number in range(300))
+    assert (cosines > torch.quantile(torch.cat([cosines, torch.ones(1)]), 0.99)).any()
+    good = well_trained(rows, vocabulary(*keys, TokenKey("special", b"[unused1]")))
+    assert good[280:300].all()
+
+
 # --- the same tokenizer again ---------------------------------------------------------------------
 
 
