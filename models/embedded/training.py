@@ -2,7 +2,8 @@
 
 A recipe is a fixed number of steps. `Clock` may end it early on a machine that is rented by the
 minute: progress is then the larger of the shares of steps and seconds used, so that the learning
-rate still reaches zero; the curve records what really ran.
+rate still reaches zero; the curve records what really ran. A `Checkpoint` lets a training that was
+stopped go on, step for step as if it had not been.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -149,16 +151,22 @@ class Clock:
         self.steps = steps
         self.max_seconds = max_seconds
         self.done = 0
+        self._before = 0.0
         self._start = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Wall time since the stage began, seconds."""
-        return time.monotonic() - self._start
+        """Wall time since the stage began, without its interruptions, seconds."""
+        return self._before + time.monotonic() - self._start
+
+    def go_on(self, done: int, seconds: float) -> None:
+        """Continue a stage of which steps and seconds are over; call it before iterating."""
+        self.done = done
+        self._before = seconds
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         self._start = time.monotonic()
-        for step in range(self.steps):
+        for step in range(self.done, self.steps):
             progress = step / self.steps
             if self.max_seconds is not None:
                 progress = max(progress, self.seconds / self.max_seconds)
@@ -200,15 +208,40 @@ class AveragedWeights:
         """Load the average into a module of the same shape."""
         module.load_state_dict(self._average)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages, and how many updates they have seen."""
+        return self._average | {"": torch.tensor(self._updates)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` of another one returned."""
+        self._updates = int(state[""])
+        for name, value in self._average.items():
+            value.copy_(state[name])
+
 
 class Curve:
-    """Writes the loss curve of a recipe as CSV: stage, step, seconds, then the given values."""
+    """Writes the loss curve of a recipe as CSV: stage, step, seconds, then the given values.
 
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+    Args:
+        path: Of the file.
+        columns: Names of the values.
+        kept: Rows that are there already and stay: those before (stage, step). None begins anew.
+    """
+
+    def __init__(
+        self, path: Path, columns: tuple[str, ...], kept: tuple[str, int] | None = None
+    ) -> None:
         self._columns = columns
-        self._file = path.open("w", newline="")
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(("stage", "step", "seconds", *columns))
+        rows: list[list[str]] = []
+        if kept is not None and path.is_file():
+            with path.open(newline="") as file:
+                for row in list(csv.reader(file))[1:]:
+                    if row[0] == kept[0] and int(row[1]) >= kept[1]:
+                        break
+                    rows.append(row)
+        self._path = path
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("stage", "step", "seconds", *columns), *rows])
 
     def add(self, stage: str, step: int, seconds: float, **values: float) -> None:
         """Append one row; a column without a value stays empty.
@@ -219,12 +252,119 @@ class Curve:
         if unknown := set(values) - set(self._columns):
             raise ValueError(f"no column {sorted(unknown)}; there are {list(self._columns)}.")
         cells = (f"{values[name]:.6g}" if name in values else "" for name in self._columns)
-        self._writer.writerow((stage, step, f"{seconds:.1f}", *cells))
-        self._file.flush()
+        with self._path.open("a", newline="") as file:
+            csv.writer(file).writerow((stage, step, f"{seconds:.1f}", *cells))
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+
+class Checkpoint:
+    """Keeps what a training needs to go on after it was stopped, in one file beside its results.
+
+    Attributes:
+        path: The file, safetensors; its metadata hold the stage, its steps and seconds, what the
+            recipe is, and facts of the stages before.
+        recipe: What must be the same for a training to be continued: seed, steps, device.
+        stage: The stage that was stopped; "" when there is no file.
+        done: Steps of it that are over.
+        facts: Known about earlier stages.
+
+    Raises:
+        ValueError: The file is of another recipe.
+    """
+
+    EVERY_SECONDS = 300.0
+
+    def __init__(self, folder: Path, recipe: Mapping[str, object]) -> None:
+        self.path = folder / "checkpoint.safetensors"
+        self.recipe = json.loads(json.dumps(recipe))
+        self.stage, self.done, self.facts = "", 0, dict[str, object]()
+        self._seconds = 0.0
+        self._last = time.monotonic()
+        if not self.path.is_file():
+            return
+        with safe_open(self.path, "pt") as file:
+            metadata = json.loads(file.metadata()["training"])
+        if metadata["recipe"] != self.recipe:
+            raise ValueError(
+                f"{self.path} is of another recipe: {metadata['recipe']}, not {self.recipe}. "
+                "Delete it to begin anew."
+            )
+        self.stage, self.done = metadata["stage"], metadata["done"]
+        self._seconds, self.facts = metadata["seconds"], metadata["facts"]
+
+    @property
+    def kept(self) -> tuple[str, int] | None:
+        """The place of the curve from which on it is written again; None without a file."""
+        return (self.stage, self.done) if self.stage else None
+
+    def restore(self, stage: str, clock: Clock, parts: Mapping[str, Any]) -> None:
+        """Take over the file's state if it is of this stage.
+
+        Args:
+            stage: That begins now.
+            clock: Of the stage.
+            parts: By name: modules, optimizers, averages and generators, as given to `save`.
+        """
+        if stage != self.stage:
+            return
+        clock.go_on(self.done, self._seconds)
+        with safe_open(self.path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, part in parts.items():
+            state = {
+                key.removeprefix(f"{name}/"): value
+                for key, value in tensors.items()
+                if key.startswith(f"{name}/")
+            }
+            if isinstance(part, torch.Generator):
+                part.set_state(state["state"])
+            elif isinstance(part, torch.optim.Optimizer):
+                present = part.state_dict()
+                present["state"] = {}
+                for key, value in state.items():
+                    number, _, field = key.partition("/")
+                    present["state"].setdefault(int(number), {})[field] = value
+                part.load_state_dict(present)
+            else:
+                part.load_state_dict(state)
+
+    def save(
+        self, stage: str, done: int, clock: Clock, parts: Mapping[str, Any], *, now: bool = False
+    ) -> None:
+        """Write the state after `done` steps of a stage, if the last time is long ago or `now`."""
+        if not now and time.monotonic() - self._last < self.EVERY_SECONDS:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, part in parts.items():
+            if isinstance(part, torch.Generator):
+                state = {"state": part.get_state()}
+            elif isinstance(part, torch.optim.Optimizer):
+                state = {
+                    f"{number}/{field}": value
+                    for number, fields in part.state_dict()["state"].items()
+                    for field, value in fields.items()
+                }
+            else:
+                state = part.state_dict()
+            tensors |= {f"{name}/{key}": value.detach().cpu() for key, value in state.items()}
+        metadata = {
+            "recipe": self.recipe,
+            "stage": stage,
+            "done": done,
+            "seconds": clock.seconds,
+            "facts": self.facts,
+        }
+        partial = self.path.with_suffix(".partial")
+        save_file(
+            {name: value.contiguous().clone() for name, value in tensors.items()},
+            partial,
+            metadata={"training": json.dumps(metadata)},
+        )
+        partial.replace(self.path)
+        self._last = time.monotonic()
+
+    def remove(self) -> None:
+        """Delete the file: the training is over."""
+        self.path.unlink(missing_ok=True)
 
 
 def save_half(state: Mapping[str, Tensor], path: Path) -> int:

@@ -98,7 +98,6 @@ def train_extractor(
             accuracy = (logits.argmax(1) == labels[chosen]).float().mean().item()
             curve.add("extractor", step, clock.seconds, loss=loss.item(), accuracy=accuracy)
             print(f"extractor step {step} loss {loss.item():.3f} acc {accuracy:.3f}", flush=True)
-    curve.close()
     average.copy_to(model)
     model.eval()
     save_half(model.state_dict(), out / "model.safetensors")

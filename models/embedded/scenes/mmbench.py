@@ -76,13 +76,18 @@ def rows(items: Iterable[tuple[Scene, Question]], first_index: int = 0) -> Itera
             }
 
 
+def tsv(items: Iterable[tuple[Scene, Question]]) -> str:
+    """Return questions and their circular copies as the text of a TSV file."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows(items))
+    return file.getvalue()
+
+
 def write(path: Path, items: Iterable[tuple[Scene, Question]]) -> int:
     """Write a TSV file of questions and their circular copies; return the number of rows."""
-    count = 0
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        for row in rows(items):
-            writer.writerow(row)
-            count += 1
-    return count
+    text = tsv(items)
+    path.write_text(text, encoding="utf-8", newline="")
+    # No field of ours holds a line break.
+    return text.count("\n") - 1

@@ -721,7 +721,6 @@ def main() -> None:
     if not arguments.eval_only:
         recipe.curve = Curve(arguments.out / "curve.csv", ("loss", "detail", "validation"))
         train(recipe)
-        recipe.curve.close()
     quality = evaluate(recipe, arguments.extractor)
     print(json.dumps(quality.get("gates"), indent=1), flush=True)
     print(f"done in {recipe.seconds:.0f} s", flush=True)

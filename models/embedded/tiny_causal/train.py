@@ -45,6 +45,7 @@ from models.embedded.tiny_dllm.data import (
 from models.embedded.tiny_dllm.train import SIZES, SMOKE, Sizes
 from models.embedded.training import (
     AveragedWeights,
+    Checkpoint,
     Clock,
     Curve,
     cosine,
@@ -281,7 +282,14 @@ def train(
     save_tokenizer(out)
     module.to(device).train()
     pool = Pool(sizes.per_level, arguments.seed, device)
-    curve = Curve(out / "curve.csv", CURVE_COLUMNS)
+    recipe = {
+        "seed": arguments.seed,
+        "device": device.type,
+        "sizes": sizes._asdict(),
+        "stages": STAGE_STEPS[device.type],
+    }
+    checkpoint = Checkpoint(out, recipe)
+    curve = Curve(out / "curve.csv", CURVE_COLUMNS, checkpoint.kept)
     seconds = arguments.max_seconds
     if seconds is not None:
         seconds = max(2.0, seconds - (time.monotonic() - begin) - max(5.0, 0.08 * seconds))
@@ -298,16 +306,18 @@ def train(
         strict=True,
     )
     for stage, steps, share in stages:
+        if stage in checkpoint.facts:
+            continue
         steps = max(3, round(steps * arguments.steps_scale))
         clock = Clock(steps, None if seconds is None else share * seconds)
-        size = _train_stage(stage, module, pool, clock, curve, arguments, sizes)
-        facts[f"{stage} stage"] = {
+        size = _train_stage(stage, module, pool, clock, curve, checkpoint, arguments, sizes)
+        checkpoint.facts[stage] = {
             "train_steps": clock.done,
             "train_seconds": round(clock.seconds, 1),
             "bytes": size,
         }
-    curve.close()
-    return facts
+    checkpoint.remove()
+    return facts | {f"{stage} stage": value for stage, value in checkpoint.facts.items()}
 
 
 def _train_stage(
@@ -316,6 +326,7 @@ def _train_stage(
     pool: Pool,
     clock: Clock,
     curve: Curve,
+    checkpoint: Checkpoint,
     arguments: argparse.Namespace,
     sizes: Sizes,
 ) -> int:
@@ -333,8 +344,18 @@ def _train_stage(
     average = AveragedWeights(module, 0.999)
     averaged_module = new_module().to(device).eval()
     glance = held_out(sizes.glance)
+    parts = {
+        "module": module,
+        "optimizer": optimizer,
+        "average": average,
+        "noise": generator,
+        "draws": pool.generator,
+    }
+    checkpoint.restore(stage, clock, parts)
+    # The stages before are then in the file as well.
+    checkpoint.save(stage, clock.done, clock, parts, now=True)
     losses: list[Tensor] = []
-    next_print, next_save = 0.0, sizes.save_seconds
+    next_print, next_save = clock.seconds, clock.seconds + sizes.save_seconds
     for step, progress in clock:
         for group in optimizer.param_groups:
             group["lr"] = peak * cosine(progress, warmup=0.02)
@@ -376,6 +397,7 @@ def _train_stage(
             shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
             print(f"tiny-causal {stage} {step} {clock.seconds:.0f}s {shown}", flush=True)
             next_print = clock.seconds + PRINT_EVERY_SECONDS
+        checkpoint.save(stage, step + 1, clock, parts)
     average.copy_to(module)
     return save_half(module.state_dict(), file)
 

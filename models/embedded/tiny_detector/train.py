@@ -123,7 +123,6 @@ class Recipe:
         self.averaged.copy_to(self.model)
         self.save()
         self.store.close()
-        self.curve.close()
         finish(self.model, self.out, self.device, self.small, self.facts())
 
     def train(self, stage: str, steps: int, budget: float | None) -> None:

@@ -33,6 +33,7 @@ class Pool:
 
     Attributes:
         rows: Prompt and answer, (problems, PROMPT_LENGTH + ANSWER_LENGTH), uint8, by steps.
+        generator: Of the draws.
     """
 
     def __init__(self, per_level: int, seed: int, device: torch.device) -> None:
@@ -45,7 +46,7 @@ class Pool:
         )
         self.rows = torch.from_numpy(rows).to(device)
         self._per_level = per_level
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self._weights = torch.tensor(STEP_WEIGHTS, device=device)
         self._ranks = torch.arange(MAX_STEPS, device=device)
 
@@ -62,8 +63,8 @@ class Pool:
         """
         unlocked = min(MAX_STEPS, 1 + int(progress / UNLOCK_EVERY))
         weights = torch.where(self._ranks < unlocked, self._weights, 0.0)
-        level = torch.multinomial(weights, batch, replacement=True, generator=self._generator)
-        place = torch.rand(batch, device=self.rows.device, generator=self._generator)
+        level = torch.multinomial(weights, batch, replacement=True, generator=self.generator)
+        place = torch.rand(batch, device=self.rows.device, generator=self.generator)
         index = level * self._per_level + (place * self._per_level).long()
         rows = self.rows[index.clamp_(max=len(self.rows) - 1)].long()
         if answer_length > ANSWER_LENGTH:

@@ -40,6 +40,7 @@ from models.embedded.tiny_dllm.data import (
 from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder, load
 from models.embedded.training import (
     AveragedWeights,
+    Checkpoint,
     Clock,
     Curve,
     cosine,
@@ -226,15 +227,25 @@ def train(
         fused=on_gpu,
     )
     generator = torch.Generator(device).manual_seed(arguments.seed + 1)
-    curve = Curve(out / "curve.csv", CURVE_COLUMNS)
+    recipe = {"seed": arguments.seed, "device": device.type, "sizes": sizes._asdict()}
+    checkpoint = Checkpoint(out, recipe)
+    curve = Curve(out / "curve.csv", CURVE_COLUMNS, checkpoint.kept)
     glance = held_out(sizes.glance)
     seconds = arguments.max_seconds
     if seconds is not None:
         # The evaluation at the end, and what went before.
         seconds = max(1.0, seconds - (time.monotonic() - begin) - max(5.0, 0.08 * seconds))
     clock = Clock(sizes.steps, seconds)
+    parts = {
+        "module": module,
+        "optimizer": optimizer,
+        "average": average,
+        "noise": generator,
+        "draws": pool.generator,
+    }
+    checkpoint.restore("train", clock, parts)
     losses: list[Tensor] = []
-    next_print, next_save = 0.0, sizes.save_seconds
+    next_print, next_save = clock.seconds, clock.seconds + sizes.save_seconds
     for step, progress in clock:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * cosine(progress, warmup=0.02)
@@ -269,9 +280,10 @@ def train(
             shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
             print(f"tiny-dllm train {step} {clock.seconds:.0f}s {shown}", flush=True)
             next_print = clock.seconds + PRINT_EVERY_SECONDS
+        checkpoint.save("train", step + 1, clock, parts)
     average.copy_to(averaged_module)
     size = save_half(averaged_module.state_dict(), out / "model.safetensors")
-    curve.close()
+    checkpoint.remove()
     return {
         "parameters": parameters,
         "bytes": size,

@@ -741,7 +741,6 @@ class Recipe:
                 next_print = clock.seconds + PRINT_EVERY_SECONDS
         size = save_student(student, self.out)
         torch.set_float32_matmul_precision("highest")
-        curve.close()
         return {
             "parameters": sum(value.numel() for value in student.parameters()),
             "bytes": size,

@@ -319,7 +319,6 @@ def train(
             next_print = clock.seconds + PRINT_EVERY_SECONDS
     average.copy_to(averaged_module)
     size = save(averaged_module, out)
-    curve.close()
     return {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "bytes": size,

@@ -165,7 +165,6 @@ class Recipe:
         self.averaged.copy_to(self.model)
         self.save()
         self.store.close()
-        self.curve.close()
         finish(self.model, self.out, self.device, self.small, self.facts())
 
     def train(self, stage: Stage, budget: float | None) -> None:

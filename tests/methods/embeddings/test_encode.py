@@ -168,7 +168,7 @@ def test_what_is_no_encoder_is_refused(method: Any) -> None:
     [
         (Encode, {"prompt": "eol"}, "prompt must be one of auto, plain"),
         (Encode, {"pooling": "max"}, "pooling must be one of auto, last, mean"),
-        (Encode, {"batch_size": 0}, "batch_size must be at least 1"),
+        (Encode, {"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         (Encode, {"max_tokens": True}, "max_tokens must be a whole number"),
         (Echo, {"pooling": "max"}, "pooling must be 'last' or 'mean'"),
         (Echo, {"max_tokens": 0}, "max_tokens must be at least 1"),

@@ -548,16 +548,16 @@ def test_what_auto_meant_is_noted_and_always_overwrites_something():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"start": -1}, "start must be at least 0, got -1"),
-        ({"start": True}, "start must be a whole number, got True"),
-        ({"exit": 2.5}, "exit must be a whole number, got 2.5"),
-        ({"exit": -1}, "exit must be at least 0"),
+        ({"start": -1}, "start must be a whole number of at least 0, got -1"),
+        ({"start": True}, "start must be a whole number of at least 0, got True"),
+        ({"exit": 2.5}, "exit must be a whole number of at least 0, got 2.5"),
+        ({"exit": -1}, "exit must be a whole number of at least 0"),
         ({"layer": "last"}, "layer must be a whole number, got 'last'"),
         ({"prompt": "echo"}, "prompt must be one of plain, prompteol, cot, knowledge, metaeol"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
         ({"pst_std": 0.0}, "pst_std must be above 0"),
         ({"pst_std": float("nan")}, "pst_std must be above 0"),
-        ({"pst_seed": -1}, "pst_seed must be at least 0"),
+        ({"pst_seed": -1}, "pst_seed must be a whole number of at least 0"),
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str):
