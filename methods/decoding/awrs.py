@@ -16,12 +16,7 @@ takes the most likely allowed token, and no weight; particles share caches
 (`common_constraints.Branches`). A text must end within `max_new_tokens`, so the last of them is
 end-of-text with the weight of its probability, if the text is complete.
 
-The original as a peer. `genlm-control` brings its own versions of torch and vllm or transformers,
-so it would run in an environment of its own, on the same prompts: one of our constraints wrapped
-as a `genlm.control.Potential` over bytes (`prefix` is 0 where `after` gives a state, else -inf,
-`complete` the same with `is_complete`) is the condition of `AWRS(PromptedLLM(…), condition)`, whose
-`smc(n_particles=5, ess_threshold=0.5, max_tokens=…)` forces end-of-text at the limit as we do. Its
-mean estimate of the normaliser and its count of calls are to be ours within Monte Carlo error.
+The original stands beside it as the peer `genlm-awrs`.
 """
 
 from __future__ import annotations
@@ -49,9 +44,11 @@ from methods.decoding.common_constraints import (
     geometric_draw,
     likeliest_first,
     recursive_draw,
+    require_particles,
     sequential_monte_carlo,
     two_round_draw,
     unweighted_draw,
+    write_one_of,
 )
 from models.constraints import TokenState
 
@@ -96,18 +93,11 @@ class Awrs(ConstrainedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("estimator", self.estimator, get_args(Estimator))
-        require_choice("resampling", self.resampling, get_args(Resampling))
         require_count("max_accepts", self.max_accepts, 2, 1000, "One accept has no weight.")
         require_count("max_rejects", self.max_rejects, 0, 10**9, "0 sets no limit.")
-        require_count("particles", self.particles, 1, 1024, "They are texts side by side.")
-        require_count("branch_nodes", self.branch_nodes, 2, 4096, "They are read at once.")
+        require_particles(self.particles, self.ess_threshold, self.resampling, self.branch_nodes)
         if self.max_rejects == 1:
             raise ValueError("max_rejects must be 0 (no limit) or at least 2, got 1.")
-        if not 0 <= self.ess_threshold <= 1:
-            raise ValueError(
-                f"ess_threshold must lie in [0, 1], got {self.ess_threshold}. It is the effective "
-                "share of the particles under which they are resampled."
-            )
         if not self.proposal_temperature > 0:
             raise ValueError(
                 f"proposal_temperature must be above 0, got {self.proposal_temperature}."
@@ -169,13 +159,13 @@ class Awrs(ConstrainedMethod):
         notes = request.trace.notes
         notes["resamplings"] = posterior.resamplings
         notes["least_effective_particles"] = round(posterior.least_effective, 3)
-        notes["living_particles"] = int((posterior.log_weights > -math.inf).sum())
-        if self.proper_weights and not is_greedy and posterior.log_normaliser > -math.inf:
-            notes["log_normaliser"] = posterior.log_normaliser
-        chosen = posterior.draw(random)
-        if chosen is None:
-            return Written(where_died[0], False)
-        return Written(chosen, chosen.state.has_ended or chosen.state.constraint.is_complete)
+        return write_one_of(
+            posterior,
+            request,
+            random,
+            dead=where_died[0],
+            is_weighed=self.proper_weights and not is_greedy,
+        )
 
     def _extended(
         self,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
+from methods.checks import require_choice, require_count
 from methods.decoding.common import require_text_generator
 from models.base import (
     Decoding,
@@ -388,20 +389,16 @@ Critic = Callable[[Particle], float]
 
 
 @dataclass(frozen=True)
-class Posterior:
+class WeightedTexts:
     """Weighted texts: a sample of what the constraint leaves of the model's distribution.
 
     Attributes:
         particles: Texts, those that died where they stood.
         log_weights: -inf for the dead, (particles,).
-        resamplings: How often particles were redistributed.
-        least_effective: Smallest effective number of particles at any step.
     """
 
     particles: tuple[Particle, ...]
     log_weights: Probabilities
-    resamplings: int
-    least_effective: float
 
     @property
     def log_normaliser(self) -> float:
@@ -422,6 +419,19 @@ class Posterior:
         if not weights.any():
             return None
         return self.particles[int(random.choice(len(weights), p=weights))]
+
+
+@dataclass(frozen=True)
+class Posterior(WeightedTexts):
+    """What sequential Monte Carlo came to.
+
+    Attributes:
+        resamplings: How often particles were redistributed.
+        least_effective: Smallest effective number of particles at any step.
+    """
+
+    resamplings: int
+    least_effective: float
 
 
 def sequential_monte_carlo(
@@ -770,6 +780,49 @@ class Written(NamedTuple):
 
     particle: Particle
     is_satisfied: bool
+
+
+def write_one_of(
+    texts: WeightedTexts,
+    request: Request,
+    random: np.random.Generator,
+    *,
+    dead: Particle,
+    is_weighed: bool,
+) -> Written:
+    """Draw one of some weighted texts, and note how many live and what their weights estimate.
+
+    The note `log_normaliser`, the estimate of log P(constraint), is left out where there is none.
+
+    Args:
+        texts: To draw from.
+        request: Whose trace is noted in.
+        random: Source of the draw.
+        dead: What is written where no particle lives.
+        is_weighed: Whether the weights are proper, so that their mean means something.
+    """
+    notes = request.trace.notes
+    notes["living_particles"] = int((texts.log_weights > -math.inf).sum())
+    if is_weighed and texts.log_normaliser > -math.inf:
+        notes["log_normaliser"] = texts.log_normaliser
+    chosen = texts.draw(random)
+    if chosen is None:
+        return Written(dead, False)
+    return Written(chosen, chosen.state.has_ended or chosen.state.constraint.is_complete)
+
+
+def require_particles(
+    particles: int, ess_threshold: float, resampling: str, branch_nodes: int
+) -> None:
+    """Raise ValueError for settings of sequential Monte Carlo that are out of range."""
+    require_count("particles", particles, 1, 1024, "They are texts side by side.")
+    require_count("branch_nodes", branch_nodes, 2, 4096, "They are read at once.")
+    require_choice("resampling", resampling, get_args(Resampling))
+    if not 0 <= ess_threshold <= 1:
+        raise ValueError(
+            f"ess_threshold must lie in [0, 1], got {ess_threshold}. It is the effective "
+            "share of the particles under which they are resampled."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -554,10 +554,10 @@ TARGET = torch.tensor([[0.5, 0.2, 0.1, 0.15, 0.05]]).log()
 
 @pytest.mark.parametrize("options", [{}, {"search": "best_first"}, {"mode": "released"}])
 def test_sampling_keeps_the_models_distribution(options: dict[str, str]) -> None:
-    model = TableModel(random_table(4, 2, seed=6))
+    model = TableModel(random_table(5, 2, seed=6))
     method = Aded(tree_nodes=6, state="session", iterations=20, **options)  # type: ignore[arg-type]
     generate(method, model, [0, 1, 2, 3] * 4, 20)
-    decoding = Decoding(max_new_tokens=4, temperature=0.8)
+    decoding = Decoding(max_new_tokens=3, temperature=0.8)
     store = method.state_for(model, lambda: pytest.fail("the state was not kept"))
 
     def run(draws: object) -> tuple[int, ...]:
@@ -572,7 +572,7 @@ def test_sampling_keeps_the_models_distribution(options: dict[str, str]) -> None
         return decode(model, [0, 1], decoding, drafter, draws=draws).token_ids  # type: ignore[arg-type]
 
     found = distribution(run)
-    expected = {text: model.probability([0, 1], text, 0.8) for text in np.ndindex(4, 4, 4, 4)}
+    expected = {text: model.probability([0, 1], text, 0.8) for text in np.ndindex(5, 5, 5)}
     assert total_variation(found, expected) < 1e-6
 
 

@@ -112,7 +112,7 @@ def test_lookup_leaves_greedy_and_sampled_texts_as_they_are(seed: int, keep: str
 
 
 def test_sampling_keeps_the_models_distribution() -> None:
-    model = TableModel(random_table(4, 2, seed=6))
+    model = TableModel(random_table(5, 2, seed=6))
     method = PromptLookup(num_tokens=3)
     decoding = Decoding(max_new_tokens=4, temperature=0.8)
     prompt = [0, 1, 2, 0]
@@ -121,7 +121,7 @@ def test_sampling_keeps_the_models_distribution() -> None:
             decode(model, prompt, decoding, method.drafter(model, CPU), draws=draws).token_ids
         )
     )
-    expected = {text: model.probability(prompt, text, 0.8) for text in np.ndindex(4, 4, 4, 4)}
+    expected = {text: model.probability(prompt, text, 0.8) for text in np.ndindex(5, 5, 5, 5)}
     assert total_variation(found, expected) < 1e-6
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ from methods.decoding.specinfer import (
     grow_sequences,
 )
 from models.base import Decoding
-from models.decode import decode
+from models.decode import Draws, decode
 from models.draft_tree import DraftTree
 from models.loading import LoadSettings, load
 from runner.conformance import check_method, tiny_text_model
@@ -36,7 +37,13 @@ from tests.methods.decoding.drafts import (
 )
 from tests.methods.decoding.heads import PROMPTS
 from tests.methods.decoding.measure_drafts import measure_sequences
-from tests.models.toy import TableModel, cycle_table, random_table, total_variation
+from tests.models.toy import (
+    TableModel,
+    cycle_table,
+    distribution,
+    random_table,
+    total_variation,
+)
 
 CPU = Profile(name="test", kind="cpu", label="test")
 
@@ -51,6 +58,19 @@ def test_two_tokens_have_the_targets_joint_distribution(
     grow = partial(grow_sequences, sequences=sequences, length=length)
     found = exact_first_two(grow, target, draft)
     assert total_variation(found, wanted_first_two(target)) < 1e-6
+
+
+def test_whole_texts_have_the_targets_distribution() -> None:
+    model, draft = TableModel(random_table(3, 2)), TableDraft(random_table(3, seed=9))
+    decoding = Decoding(max_new_tokens=3, temperature=HEAT)
+
+    def run(draws: Draws) -> tuple[int, ...]:
+        drafter = SequencesDrafter(draft, decoding, 2, 1, temperature=HEAT)
+        drafter.choose = lambda row: draws.token(torch.from_numpy(row.remaining()))
+        return decode(model, [0], decoding, drafter, draws=draws).token_ids
+
+    expected = {text: model.probability([0], text, HEAT) for text in np.ndindex(3, 3, 3)}
+    assert total_variation(distribution(run), expected) < 1e-6
 
 
 @given(st.integers(0, 300), st.integers(1, 6), st.integers(1, 4))

@@ -288,15 +288,15 @@ def test_a_matrix_full_of_nonsense_leaves_the_text_as_it_is(fill: str) -> None:
 
 @pytest.mark.parametrize("skip_unknown", [False, True])
 def test_sampling_keeps_the_models_distribution(skip_unknown: bool) -> None:
-    model = TableModel(random_table(4, 2, seed=6))
+    model = TableModel(random_table(5, 2, seed=6))
     method = TokenRecycling(tree_nodes=6, candidates=2, skip_unknown=skip_unknown)
-    decoding = Decoding(max_new_tokens=4, temperature=0.8)
+    decoding = Decoding(max_new_tokens=3, temperature=0.8)
     found = distribution(
         lambda draws: (
             decode(model, [0], decoding, method.drafter(model, CPU), draws=draws).token_ids
         )
     )
-    expected = {text: model.probability([0], text, 0.8) for text in np.ndindex(4, 4, 4, 4)}
+    expected = {text: model.probability([0], text, 0.8) for text in np.ndindex(5, 5, 5)}
     assert total_variation(found, expected) < 1e-6
 
 
