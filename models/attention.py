@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,6 +54,32 @@ class AttentionWork:
     def rows(self) -> int:
         """Rows of keys and of values read."""
         return self.key_rows + self.value_rows
+
+
+class PromptMarks(NamedTuple):
+    """What a task knows about the tokens of a prompt; a rule is told nothing of it.
+
+    Attributes:
+        evidence: Positions of the tokens that the answer rests on.
+        question: Position from which on the prompt is read apart, when a rule has already been
+            told that the prompt ends: what stands before it is compressed without a sight of the
+            question, as NVIDIA/kvpress does by default. None for one piece.
+    """
+
+    evidence: tuple[int, ...] = ()
+    question: int | None = None
+
+
+NO_MARKS = PromptMarks()
+
+
+@runtime_checkable
+class TakesMarks(Protocol):
+    """A text generator that may be told about the prompt that it is given next."""
+
+    def mark(self, marks: PromptMarks) -> None:
+        """Take note of a prompt's parts, for the next text only."""
+        ...
 
 
 class LayerCache(Protocol):
@@ -300,6 +326,7 @@ class AttentionSession:
         rule: AttentionRule,
         facts: TextModelFacts,
         capacity: int,
+        marks: PromptMarks = NO_MARKS,
     ) -> None:
         """Start a text.
 
@@ -308,7 +335,9 @@ class AttentionSession:
             rule: What its layers attend to; not used before.
             facts: Sizes of the model.
             capacity: Tokens.
+            marks: Of its prompt.
         """
+        self._marks = marks
         self._layers = layers
         self.rule = rule
         self._facts = facts
@@ -328,10 +357,19 @@ class AttentionSession:
         """See `models.base.Session.prefill`.
 
         All but the last `observes` tokens are read by the model's own forward. Where something is
-        cached already, they are read in chunks that attend to all that the caches still hold.
+        cached already, they are read in chunks that attend to all that the caches still hold. The
+        first prompt is read in two pieces where its marks say so.
         """
         ids = list(token_ids)
         self._check_room(len(ids))
+        border = self._marks.question
+        if border is None or self.length or not 0 < border < len(ids):
+            return self._read(ids, all_logits=all_logits)
+        logits = [self._read(part, all_logits=all_logits) for part in (ids[:border], ids[border:])]
+        return torch.cat(logits) if all_logits else logits[-1]
+
+    def _read(self, ids: list[int], *, all_logits: bool) -> Tensor:
+        """Read a piece of a prompt; its logits as `prefill` returns them."""
         read_before = self.work.rows
         observes = self.rule.observes
         dense = 0 if observes is None else max(len(ids) - observes, 0)
@@ -399,6 +437,8 @@ class AttentionSession:
             )
         if any(cache.was_dropped for cache in self._layers.caches):
             raise ValueError("rows were dropped, so tokens cannot be run again as they were.")
+        for cache in self._layers.caches:
+            cache.notes_reads = False  # these tokens are decoded already
         self._layers.forward(list(token_ids), start, _attend_to_all, offset=start, first_logit=None)
         self._count(len(token_ids), 0)
         self._close(None)
@@ -416,9 +456,37 @@ class AttentionSession:
         """Tokens whose rows are held, in the mean over layers."""
         return sum(cache.rows for cache in self._layers.caches) / len(self._layers.caches)
 
+    def evidence_kept(self) -> float | None:
+        """Return the share of the evidence that decoding could see, in [0, 1].
+
+        A token is seen where it is among the rows that a head's attention reads. The share is the
+        mean over the steps after the prompt, the layers and the heads; layers that a method leaves
+        to full attention see everything. None without evidence or without a step.
+        """
+        if not self._marks.evidence:
+            return None
+        whole, by_sets = 0, dict[int, list[Tensor]]()
+        for cache in self._layers.caches:
+            for positions in cache.reads:
+                if positions is None:
+                    whole += 1
+                else:
+                    by_sets.setdefault(positions.shape[0], []).append(positions)
+        steps = whole + sum(map(len, by_sets.values()))
+        if not steps:
+            return None
+        seen = float(whole)
+        for sets, found in by_sets.items():
+            positions = torch.cat([each.flatten() for each in found])
+            evidence = torch.tensor(self._marks.evidence, device=positions.device)
+            hits = int(torch.isin(positions, evidence).sum())
+            seen += hits / sets / len(self._marks.evidence)
+        return seen / steps
+
     def _announce(self, *, in_prompt: bool, ends_prompt: bool) -> None:
         for cache in self._layers.caches:
             cache.in_prompt, cache.ends_prompt = in_prompt, ends_prompt
+            cache.notes_reads = bool(self._marks.evidence) and not in_prompt
 
     def _close(self, kept: int | None) -> None:
         for cache in self._layers.caches:
@@ -491,10 +559,16 @@ class AttentionLM(Wrapper):
         if longest_text is not None:
             self.facts = replace(model.facts, lifted_limit=longest_text)
         self.last: AttentionSession | None = None
+        self._marks = NO_MARKS
+
+    def mark(self, marks: PromptMarks) -> None:
+        """See `TakesMarks`."""
+        self._marks = marks
 
     def session(self, capacity: int) -> AttentionSession:
         """Open a cache for at most `capacity` tokens, with a new rule."""
         rule = self._make_rule()
+        marks, self._marks = self._marks, NO_MARKS
         if self._kernels is not None:
             layers: TorchLayers | NativeLayers = NativeLayers(
                 self._kernels,
@@ -505,7 +579,7 @@ class AttentionLM(Wrapper):
             )
         else:
             layers = TorchLayers(self._module, capacity, rotated=rule.rotated, work=AttentionWork())
-        self.last = AttentionSession(layers, rule, self.facts, capacity)
+        self.last = AttentionSession(layers, rule, self.facts, capacity, marks)
         return self.last
 
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
@@ -521,7 +595,8 @@ class AttentionLM(Wrapper):
         operations are those of attention and of the model's matrices. Notes are added:
         `decode_kv_bytes` (those of the bytes that no prefill read), `kept_tokens` (tokens held at
         the end, mean over layers), `kept_ratio` (of all committed ones), `peak_kv_bytes` (see
-        `AttentionSession`) and those of the rule.
+        `AttentionSession`), `evidence_kept` (see there) where a task has marked evidence, and those
+        of the rule.
 
         Raises:
             ValueError: No session was opened.
@@ -537,6 +612,8 @@ class AttentionLM(Wrapper):
         trace.notes["kept_tokens"] = session.kept_tokens
         trace.notes["kept_ratio"] = session.kept_tokens / max(session.length, 1)
         trace.notes["peak_kv_bytes"] = session.peak_kv_bytes
+        if (kept := session.evidence_kept()) is not None:
+            trace.notes["evidence_kept"] = kept
         trace.notes.update(session.rule.notes)
 
 

@@ -49,6 +49,8 @@ class RowCache:
         length, width, in_prompt, ends_prompt: See `models.attention.LayerCache`.
         was_dropped: Whether rows have been dropped, so that a row's number is no longer its
             token's position.
+        notes_reads: Whether `reads` is kept.
+        reads: Positions that each attention read, (sets, rows); None where it read all tokens.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class RowCache:
         self.width = 0
         self.in_prompt = False
         self.ends_prompt = False
+        self.notes_reads = False
+        self.reads: list[Tensor | None] = []
 
     # --- for the session ---
 
@@ -191,7 +195,7 @@ class RowCache:
             queries = self.rotate(queries, self._own_positions())
             keys = self._rotate_rows(keys, self._places_of(sets))
         chosen = sets.shape[1]
-        self._count_rows(sets.shape[0], chosen, self._pairs(visible, chosen))
+        self._count_rows(sets, self._pairs(visible, chosen))
         return self._attend_gathered(queries, keys, values, visible, is_tail=positions is not None)
 
     def scores(self, queries: Tensor, *, scale: float | None = None) -> Tensor:
@@ -430,6 +434,9 @@ class RowCache:
         # Pairs beyond a window are counted: the kernels visit them, and so does the baseline.
         pairs = self.width * self._offset + self.width * (self.width + 1) // 2
         self._count(rows, rows if values else 0, pairs, products=1 + values)
+        if values and self.notes_reads:
+            # Written over when rows are dropped, hence a copy.
+            self.reads.append(self.positions.clone() if self.was_dropped else None)
 
     def _count_scores(self, queries: Tensor) -> None:
         """Count the scores of all rows for the new tokens, or for one query in their place.
@@ -453,10 +460,12 @@ class RowCache:
             return self.width * chosen
         return float(visible.sum()) / visible.shape[0]
 
-    def _count_rows(self, sets: int, chosen: int, pairs: float) -> None:
+    def _count_rows(self, sets: Tensor, pairs: float) -> None:
         """Count attention to chosen rows; see `models.attention.LayerCache.attend_rows`."""
-        rows = max(sets, self.shape.kv_heads) * chosen
+        rows = max(sets.shape[0], self.shape.kv_heads) * sets.shape[1]
         self._count(rows, rows, pairs, products=2)
+        if self.notes_reads:
+            self.reads.append(self._places_of(sets) if self.was_dropped else sets)
 
     def _count(self, key_rows: int, value_rows: int, pairs: float, *, products: int) -> None:
         self._work.key_rows += key_rows

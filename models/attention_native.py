@@ -191,7 +191,7 @@ class NativeCache(RowCache):
             self._offset,
             self.shape.scale,
         )
-        self._count_rows(sets.shape[0], sets.shape[1], pairs / sets.shape[0])
+        self._count_rows(sets, pairs / sets.shape[0])
         return mixed
 
     def scores(self, queries: Tensor, *, scale: float | None = None) -> Tensor:

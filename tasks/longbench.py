@@ -11,8 +11,8 @@ papers multiply by 100. Differs from the official scripts in this:
   the same.
 
 A method that compresses the prompt sees the question in it (query-aware, as in most papers on
-that); no setting hides it. `max_length` 0 follows the window that the model was made for, also
-under a method that reads longer texts, so that all get the same prompt.
+that) unless `query_aware` is false. `max_length` 0 follows the window that the model was made for,
+also under a method that reads longer texts, so that all get the same prompt.
 
 With several tasks, `score` is the mean over tasks of their means, and `by-category` the mean over
 categories of those; the authors' tables show the latter, most papers the former. One item:
@@ -21,12 +21,13 @@ categories of those; the authors' tables show the latter, most papers the former
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.base import Decoding, Generation, TextGenerator, Unsupported
 from tasks.base import Dataset, Item, Metric, Scores, Task
@@ -39,11 +40,13 @@ from tasks.longbench_protocol import (
     PLAIN_TASKS,
     PROTOCOLS,
     Chat,
+    Prompting,
     Truncation,
     check_choice,
     check_prompting,
     in_turn,
     length_bucket,
+    mark_prompt,
     prompt_ids,
     read_records,
     read_templates,
@@ -72,6 +75,9 @@ class LongBench(Task[TextGenerator]):
         folder: Folder laid out like the hub's archive; empty for tokenmark's cache, then the hub.
         revision: Of the data set on the hub; a commit is what reproduces.
         max_new_tokens: Longest answer; 0 for the official length of each task.
+        query_aware: Whether a method sees the question before it compresses the context. If not,
+            models whose attention is restricted read the prompt up to the end of the context, and
+            then the rest, as NVIDIA/kvpress does by default.
         corrected: Drop every class whose name is part of the right one's, where the official
             scores of trec and lsht miss some.
     """
@@ -85,9 +91,10 @@ class LongBench(Task[TextGenerator]):
     folder: str = ""
     revision: str = "main"
     max_new_tokens: int = 0
+    query_aware: bool = True
     corrected: bool = False
 
-    version = "1.0"
+    version = "1.1"
     data = Dataset(source="THUDM/LongBench", revision="main", split="test", license="MIT")
     capability = "TextGenerator"
     speed_of = "decode"
@@ -151,6 +158,7 @@ class LongBench(Task[TextGenerator]):
                 fields = {
                     "task": name,
                     "prompt": template.format_map(record),
+                    "behind": len(template.partition("{context}")[2].format_map(record)),
                     "answers": list(record["answers"]),
                     "classes": list(record["all_classes"] or ()),
                     "length": int(record["length"]),
@@ -173,6 +181,7 @@ class LongBench(Task[TextGenerator]):
                 {
                     "task": "multifieldqa_en",
                     "prompt": fields["prompt"],
+                    "behind": 0,
                     "answers": fields["answers"],
                     "classes": [],
                     "length": fields["length"],
@@ -184,19 +193,29 @@ class LongBench(Task[TextGenerator]):
         name = item.fields["task"]
         max_new_tokens = self.max_new_tokens or PROTOCOLS[name].max_new_tokens
         is_plain = self.chat == "auto" and name in PLAIN_TASKS
-        ids = prompt_ids(
-            model,
-            item.fields["prompt"],
+        how = Prompting(
             max_length=self.max_length or usual_max_length(model, max_new_tokens),
             truncation=self.truncation,
             chat="never" if is_plain else self.chat,
         )
+        prompt = item.fields["prompt"]
+        mark_prompt(model, prompt, item.fields["behind"], query_aware=self.query_aware, **how)
+        ids = prompt_ids(model, prompt, **how)
         return model.generate(ids, Decoding(max_new_tokens=max_new_tokens, ignore_eos=fixed_length))
 
     def score(self, item: Item, output: str) -> Scores:
         """Return the score of an answer, under the names that it counts for."""
+        fields, value = item.fields, self._value(item, output)
+        counted = {"score", fields["task"], length_bucket(fields["length"])}
+        return {
+            each.name: value
+            for each in self.metrics
+            if each.kind == "mean" and each.name in counted
+        }
+
+    def _value(self, item: Item, output: str) -> float:
         name = item.fields["task"]
-        value = score_prediction(
+        return score_prediction(
             PROTOCOLS[name].scorer,
             output,
             item.fields["answers"],
@@ -204,39 +223,44 @@ class LongBench(Task[TextGenerator]):
             only_first_line=name in FIRST_LINE_TASKS,
             corrected=self.corrected,
         )
-        counted = {"score", name, PROTOCOLS[name].category, length_bucket(item.fields["length"])}
-        wanted = {metric.name for metric in self.metrics}
-        scores = {each: value for each in counted if each in wanted}
-        return scores | ({"by-category": value} if "by-category" in wanted else {})
 
-    def aggregate(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    def corpus(
+        self, outputs: Mapping[str, str], draws: NDArray[np.int64]
+    ) -> Mapping[str, NDArray[np.float64]]:
         """Return means over tasks: of all, of each category and length, and over categories.
 
         A task that no item is left of (few items, a resample) is left out; a length or category
         without items is NaN, as the official scripts have it.
         """
-        tasks = self.tasks
-        values: dict[str, list[float]] = defaultdict(list)
-        by_bucket: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for row in scores.values():
-            name = next(each for each in tasks if not np.isnan(row.get(each, np.nan)))
-            values[name].append(row[name])
-            for bucket in BUCKETS:
-                if not np.isnan(row.get(bucket, np.nan)):
-                    by_bucket[bucket, name].append(row[name])
-        means = {name: float(np.mean(found)) for name, found in values.items()}
-        result = {"score": _mean_of(list(means.values()))}
-        categories: dict[str, list[float]] = defaultdict(list)
-        for name, mean in means.items():
-            categories[PROTOCOLS[name].category].append(mean)
-        for category in CATEGORIES:
-            result[category] = _mean_of(categories.get(category, []))
-        result["by-category"] = _mean_of([result[category] for category in categories])
-        for bucket in BUCKETS:
-            result[bucket] = _mean_of(
-                [float(np.mean(found)) for (b, _), found in by_bucket.items() if b == bucket]
-            )
-        return result
+        tasks, items = self.tasks, {item.id: item for item in self.items()}
+        cells, values = [], []
+        for name, output in outputs.items():
+            fields = items[name].fields
+            bucket = BUCKETS.index(length_bucket(fields["length"]))
+            cells.append(tasks.index(fields["task"]) * len(BUCKETS) + bucket)
+            values.append(self._value(items[name], output))
+        shape = (len(tasks), len(BUCKETS))
+        cell, value = np.array(cells), np.array(values)
+
+        def summed(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+            """Return (resamples, tasks, lengths)."""
+            rows = [np.bincount(cell[row], weights[row], math.prod(shape)) for row in draws]
+            return np.stack(rows).astype(np.float64).reshape(-1, *shape)
+
+        counts, sums = summed(np.ones(len(value))), summed(value)
+        means = _ratio(sums.sum(axis=2), counts.sum(axis=2))
+        categories = {
+            category: _mean_of(means[:, [PROTOCOLS[name].category == category for name in tasks]])
+            for category in dict.fromkeys(PROTOCOLS[name].category for name in tasks)
+        }
+        lengths = _mean_of(_ratio(sums, counts))
+        found = {
+            "score": _mean_of(means),
+            "by-category": _mean_of(np.stack(list(categories.values()), axis=1)),
+            **categories,
+            **{bucket: lengths[:, place] for place, bucket in enumerate(BUCKETS)},
+        }
+        return {each.name: found[each.name] for each in self.metrics if each.kind == "corpus"}
 
 
 def _mean(name: str) -> Metric:
@@ -247,5 +271,11 @@ def _corpus(name: str) -> Metric:
     return Metric(name=name, unit="fraction", kind="corpus")
 
 
-def _mean_of(values: list[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
+def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return means of groups, NaN of those without items."""
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _mean_of(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return means over axis 1 of what is no NaN, NaN where nothing is."""
+    return _ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(axis=1).astype(np.float64))

@@ -25,10 +25,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tasks.base import Item
 from tasks.longbench_protocol import Scorer
+
+Shown = Literal["whole", "evidence", "nothing"]
+"""What a prompt holds of its context: all, the evidence alone, nothing."""
 
 GENERATOR_SEED = 20230814
 WARM_UP = "warm-up"
@@ -246,7 +249,8 @@ class Kind:
     """One kind of task.
 
     Attributes:
-        draft: Makes the context and what is asked, of about so many tokens.
+        draft: Makes the context and what is asked, of about so many tokens; the number is that of
+            the record's turn.
         template: Prompt, with `{context}`, `{input}` and `{cue}`.
         scorer: Of the answer; None for the continuation, whose loss is what counts.
         max_new_tokens: Longest answer.
@@ -412,38 +416,53 @@ def _docqa(rng: random.Random, room: float, number: int, seed: str) -> Draft:
 
 
 def _multihop(rng: random.Random, room: float, number: int, seed: str) -> Draft:
-    """One passage leads to a second person, another passage says where that one lives."""
+    """One passage leads to a second person, another passage says where that one lives.
+
+    The answer names both, so that each hop counts by itself, and another pair of passages is
+    answered first to show how: asked for the city alone, a small model names any.
+    """
     names = _names(rng, seed)
     relation = rng.choice(_RELATIONS)
     cities = _table(_CITIES, seed)
     first, second, answer = next(names), next(names), rng.choice(cities)
+    shown = next(names), next(names), rng.choice([each for each in cities if each != answer])
 
-    def link(one: str, other: str) -> str:
-        return f"The {relation} of {one} is {other}."
-
-    def home(who: str, city: str) -> str:
-        return f"{who} lives in {city}."
+    def passages(one: str, other: str, city: str, *, is_asked: bool) -> list[Paragraph]:
+        return [
+            [
+                Sentence(f"The {relation} of {one} is {other}.", is_evidence=is_asked),
+                Sentence(_scene(rng)),
+            ],
+            [Sentence(f"{other} lives in {city}.", is_evidence=is_asked), Sentence(_scene(rng))],
+        ]
 
     def others() -> Iterator[Paragraph]:
-        for place, one in enumerate(names):
-            # Chance stays one in four; longer texts are longer by what says nothing.
+        # Longer texts have no more people; they are longer by what says nothing.
+        for place in range(10**6):
             if place < 3:
-                other = next(names)
                 city = rng.choice([each for each in cities if each != answer])
-                pair = [Sentence(link(one, other)), Sentence(home(other, city))]
-                rng.shuffle(pair)
-                for sentence in pair:
-                    yield [sentence, Sentence(_scene(rng))]
+                pair = shown if place == 0 else (next(names), next(names), city)
+                both = passages(*pair, is_asked=False)
+                rng.shuffle(both)
+                yield from both
             yield [Sentence(_scene(rng)), Sentence(_scene(rng))]
 
-    gold = [
-        [Sentence(link(first, second), is_evidence=True), Sentence(_scene(rng))],
-        [Sentence(home(second, answer), is_evidence=True), Sentence(_scene(rng))],
-    ]
+    gold = passages(first, second, answer, is_asked=True)
     context, spans = _assemble(gold, others(), room, _depth(number))
-    question = f"In which city does the {relation} of {first} live?"
-    cue = f"The {relation} of {first} lives in"
-    return Draft(context, question, [answer], evidence=spans, cue=cue)
+    question = "In which city does the {relation} of {name} live?"
+    cue = "The {relation} of {name} is"
+    asked = (
+        f"Question: {question.format(relation=relation, name=shown[0])}\n"
+        f"Answer: {cue.format(relation=relation, name=shown[0])} {shown[1]} -> {shown[2]}\n\n"
+        f"Question: {question.format(relation=relation, name=first)}"
+    )
+    return Draft(
+        context,
+        asked,
+        [f"{second} -> {answer}"],
+        evidence=spans,
+        cue=cue.format(relation=relation, name=first),
+    )
 
 
 def _summary(rng: random.Random, room: float, number: int, seed: str) -> Draft:
@@ -510,38 +529,41 @@ def _few_shot(rng: random.Random, room: float, number: int, seed: str) -> Draft:
 
 
 def _retrieval(rng: random.Random, room: float, number: int, seed: str) -> Draft:
-    """Numbered paragraphs; which one do these words come from?
+    """Numbered paragraphs; which one does this sentence come from?
 
-    The number stands behind its paragraph, where an attention head that looks for what followed the
-    same words last time finds it. A model of this size cannot look back for a number before them.
+    The number stands behind its sentence, where an attention head that looks for what followed the
+    same words last time finds it: a model of this size cannot look back for a number before them.
+    Paragraphs are shuffled, since behind 1, 2 and 3 it would say 4 whatever is asked.
     """
     paragraphs: list[Paragraph] = []
     border = estimate_tokens("\n\n")
     # Longer texts have no more paragraphs than a small model can tell apart, but longer ones.
     sentences = 1 + int(room / 110)
-    for name in _names(rng, seed):
-        label = f"[Paragraph {len(paragraphs) + 1}]"
-        told = f"{_scene(rng).removesuffix('.')}, says {name}."
-        before = [Sentence(_scene(rng)) for _ in range(sentences)]
-        paragraph = [*before, Sentence(told), Sentence(label)]
-        room -= border + sum(estimate_tokens(" " + each.text) for each in paragraph)
-        if room < 0 and len(paragraphs) > 1:
+
+    while True:
+        paragraph = [Sentence(_scene(rng)) for _ in range(sentences)]
+        paragraph.append(Sentence(f"{_scene(rng).removesuffix('.')} in Paragraph"))
+        size = border + sum(estimate_tokens(" " + each.text) for each in paragraph)
+        size += estimate_tokens(" 1.")
+        if size > room and len(paragraphs) > 1:
             break
+        room -= size
         paragraphs.append(paragraph)
-    # What is left is filled by sentences of the last paragraph, in front of its own.
-    room += border + sum(estimate_tokens(" " + each.text) for each in paragraph)
+    # What is left is filled by sentences in front of the first paragraph's own.
     extra: Paragraph = []
     while room > 7:
         extra.append(Sentence(_scene(rng)))
         room -= estimate_tokens(" " + extra[-1].text)
     chosen = int(_depth(number) * len(paragraphs))
-    words = paragraphs[chosen][-2].text.split()
-    dropped = rng.randrange(1, len(words) - 4)  # not the name
-    query = " ".join(word for place, word in enumerate(words) if place != dropped)
-    paragraphs[chosen] = [Sentence(each.text, is_evidence=True) for each in paragraphs[chosen]]
+    words = paragraphs[chosen][-1].text.split()
+    dropped = rng.randrange(1, len(words) - 3)  # nothing of " in Paragraph", nor the word before
+    query = " ".join(word for place, word in enumerate(words[:-1]) if place != dropped)
+    labels = rng.sample(range(1, len(paragraphs) + 1), len(paragraphs))
+    for place, (paragraph, label) in enumerate(zip(paragraphs, labels, strict=True)):
+        paragraph[-1] = Sentence(f"{paragraph[-1].text} {label}.", is_evidence=place == chosen)
     paragraphs[0] = [*extra, *paragraphs[0]]
     context, spans = _joined(paragraphs, "\n\n")
-    return Draft(context, query, [f"Paragraph {chosen + 1}"], evidence=spans)
+    return Draft(context, query, [f"Paragraph {labels[chosen]}"], evidence=spans)
 
 
 def _count(rng: random.Random, room: float, number: int, seed: str) -> Draft:
@@ -668,19 +690,21 @@ def _topic_words(name: str) -> tuple[list[str], list[float]]:
 CONTINUATION_TOKENS = 64
 
 
-def _continuation(rng: random.Random, room: float, number: int, seed: str) -> Draft:
-    """A help text, and what comes next in it: the loss of that is asked for."""
+def _continuation(
+    rng: random.Random, room: float, number: int, seed: str, tokens: int = CONTINUATION_TOKENS
+) -> Draft:
+    """A help text, and the `tokens` that come next in it: the loss of those is asked for."""
     names = [n for n in (_WARMUP_TOPICS if seed == WARM_UP else _TOPICS) if n in _topics()]
     turn = names[number % len(names) :] + names[: number % len(names)]
     for name in turn:
         words, sizes = _topic_words(name)
-        if sum(sizes) < room + 2 * CONTINUATION_TOKENS:
+        if sum(sizes) < room + 2 * tokens:
             continue
-        last = _walk(sizes, len(sizes), -1, CONTINUATION_TOKENS)
+        last = _walk(sizes, len(sizes), -1, tokens)
         first = _walk(sizes, 0, 1, room)
         middle = rng.randint(first, last)
         start = _walk(sizes, middle, -1, room)
-        end = _walk(sizes, middle, 1, CONTINUATION_TOKENS)
+        end = _walk(sizes, middle, 1, tokens)
         context = "".join(words[start:middle]).lstrip()
         answer = "".join(words[middle:end])
         return Draft(context, "", [answer], evidence=[(0, len(context))])
@@ -708,13 +732,11 @@ KINDS: Mapping[str, Kind] = {
     ),
     "multihop": Kind(
         _multihop,
-        "Answer the question based on the given passages. Only give me the answer and do not "
-        "output any other words.\n\nThe following are given passages.\n{context}\n\nAnswer the "
-        "question based on the given passages. Only give me the answer and do not output any other "
-        "words.\n\nQuestion: {input}\nAnswer: {cue}",
+        "Answer the question based on the given passages.\n\nThe following are given passages.\n"
+        "{context}\n\nAnswer the question based on the given passages.\n\n{input}\n"
+        "Answer: {cue}",
         "qa_f1",
-        6,
-        ("\n", "."),
+        14,
         aim=0.915,
     ),
     "summary": Kind(
@@ -736,12 +758,11 @@ KINDS: Mapping[str, Kind] = {
     ),
     "retrieval": Kind(
         _retrieval,
-        "Here are some paragraphs, each with its number behind it, and then a sentence. Please "
-        "determine which paragraph the sentence is from.\n\n{context}\n\nThe sentence and the "
-        "number of its paragraph:\n\n{input} [Paragraph",
+        "Here are some paragraphs with their numbers.\n\n{context}\n\nThe following sentence is "
+        "from one of the paragraphs. Which one?\n\n{input} Paragraph",
         "retrieval",
         4,
-        ("\n", "]"),
+        ("\n", "."),
         aim=0.955,
     ),
     "count": Kind(
@@ -784,46 +805,76 @@ KINDS: Mapping[str, Kind] = {
 
 
 @cache
-def make_item(kind: str, number: int, *, length: int, seed: str = "test") -> Item:
+def make_item(
+    kind: str,
+    number: int,
+    *,
+    length: int,
+    seed: str = "test",
+    shown: Shown = "whole",
+    continuation_tokens: int = CONTINUATION_TOKENS,
+) -> Item:
     """Return a record; the same for the same arguments.
 
     Args:
         kind: Name of a kind.
-        number: From 0; decides the depth of the evidence, with the seed everything else.
+        number: From 0; decides the depth of the evidence, with kind and seed everything else.
         length: Tokens of prompt and answer, about.
         seed: `test`, or `warm-up` for records that share no name, place or text with those.
+        shown: What of the context the prompt holds; the record is otherwise the same.
+        continuation_tokens: Tokens of a continuation, about.
 
     Raises:
         ValueError: The length is too short or too long for the kind.
     """
     rule = KINDS[kind]
-    aim = rule.aim * (length - rule.max_new_tokens)
+    is_continued = kind == "continuation"
+    aim = rule.aim * (length - (continuation_tokens if is_continued else rule.max_new_tokens))
     before, _, after = rule.template.partition("{context}")
     room = aim - estimate_tokens(before + after)
     if room < 100:
         raise ValueError(f"length {length} leaves no room for a context of '{kind}'.")
+    # Kinds differ in their turn, so that the first record of each has its evidence elsewhere.
+    turn = number + list(KINDS).index(kind)
     # Twice: what the question takes, and what the borders between pieces do, is known afterwards.
     for _ in range(2):
         # A generator for each record, so that none moves when another one changes.
         rng = random.Random(f"{GENERATOR_SEED} {seed} {kind} {number} {length}")
-        draft = rule.draft(rng, room, number, seed)
-        prompt = (
-            before
-            + draft.context
-            + after.replace("{input}", draft.input).replace("{cue}", draft.cue)
-        )
-        room += aim - estimate_tokens(prompt)
+        if is_continued:
+            draft = _continuation(rng, room, turn, seed, continuation_tokens)
+        else:
+            draft = rule.draft(rng, room, turn, seed)
+        end = after.replace("{input}", draft.input).replace("{cue}", draft.cue)
+        room += aim - estimate_tokens(before + draft.context + end)
+    context, evidence = _shown(draft, shown)
+    if not before + end + context:
+        context = "\n"  # a model needs one token to begin with
     name = f"{kind}-{number:02}" if seed == "test" else f"{seed}/{kind}-{number}"
     fields: dict[str, Any] = {
         "_id": name,
         "dataset": kind,
         "language": "code" if kind == "code" else "en",
-        "prompt": prompt,
+        "prompt": before + context + end,
         "input": draft.input,
-        "context": draft.context,
+        "context": context,
         "answers": draft.answers,
         "all_classes": draft.classes,
-        "length": len(draft.context.split()),
-        "evidence": [[len(before) + start, len(before) + end] for start, end in draft.evidence],
+        "length": len(context.split()),
+        "evidence": [[len(before) + start, len(before) + end] for start, end in evidence],
     }
     return Item(f"longbench-mini/{name}", fields)
+
+
+def _shown(draft: Draft, shown: Shown) -> tuple[str, list[tuple[int, int]]]:
+    """Return what is shown of a context, and the spans of the evidence in it.
+
+    Evidence comes as lines: what stood between two pieces of it is gone.
+    """
+    if shown == "whole":
+        return draft.context, draft.evidence
+    lines, spans, place = [], [], 0
+    for start, end in draft.evidence if shown == "evidence" else ():
+        lines.append(draft.context[start:end])
+        spans.append((place, place + end - start))
+        place += end - start + 1
+    return "\n".join(lines), spans

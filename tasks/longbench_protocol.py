@@ -19,9 +19,10 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from models.base import TextGenerator, Tokenizer, Unsupported
 from models.cache import cache_dir
@@ -31,6 +32,15 @@ Truncation = Literal["middle", "left", "right"]
 Chat = Literal["auto", "never", "always"]
 
 HUB_IDS = {1: "THUDM/LongBench", 2: "THUDM/LongBench-v2"}
+
+
+class Prompting(TypedDict):
+    """How ids are made of a prompt; see `prompt_ids`."""
+
+    max_length: int
+    truncation: Truncation
+    chat: Chat
+
 
 Scorer = Literal[
     "qa_f1",
@@ -394,13 +404,91 @@ def prompt_ids(
     Raises:
         Unsupported: `chat` is `always` and the tokenizer has no template.
     """
-    text = fit_prompt(model.tokenizer, prompt, max_length, truncation, joined=joined)
+    return _ids(
+        model, fit_prompt(model.tokenizer, prompt, max_length, truncation, joined=joined), chat
+    )
+
+
+def _ids(model: TextGenerator, text: str, chat: Chat) -> list[int]:
     ids = None if chat == "never" else chat_ids(model.tokenizer, text)
     if ids is None and chat == "always":
         raise Unsupported(
             f"'{model.name}' has no chat template; chat=auto does without where there is none."
         )
     return model.tokenizer.encode(text) if ids is None else ids
+
+
+def mark_prompt(
+    model: TextGenerator,
+    prompt: str,
+    behind: int,
+    *,
+    query_aware: bool,
+    max_length: int,
+    truncation: Truncation,
+    chat: Chat,
+    evidence: Sequence[Sequence[int]] = (),
+) -> None:
+    """Tell a model whose attention is restricted what the parts of its next prompt are.
+
+    The question begins where the ids part from those of the same prompt without its end, so a
+    token that reaches over the border, and what a chat template puts behind the prompt, are of the
+    question. Evidence is told of bare prompts that were not cut.
+
+    Args:
+        model: Any; others are told nothing.
+        behind: Last characters of the prompt that are not of its context.
+        query_aware: Whether a method sees the question before it compresses the context.
+        evidence: Spans of the prompt that the answer rests on, in characters.
+        prompt, max_length, truncation, chat: See `prompt_ids`.
+    """
+    # It needs torch, which listing and planning tasks do without.
+    from models.attention import PromptMarks, TakesMarks
+
+    if not isinstance(model, TakesMarks):
+        return
+    text = fit_prompt(model.tokenizer, prompt, max_length, truncation)
+    places: set[int] = set()
+    if text == prompt and chat == "never":
+        spans = tuple((start, end) for start, end in evidence)
+        found = tokens_of(model.tokenizer, prompt, spans)  # type: ignore[arg-type]  # hashed as an object
+        places = places.union(*found)
+    question = None
+    # Cut on the right, a prompt has lost its question.
+    if not query_aware and text.endswith(prompt[len(prompt) - behind :]):
+        parts = (text[: len(text) - behind], text)
+        question = _shared(*(_ids(model, part, chat) for part in parts))
+    model.mark(PromptMarks(tuple(sorted(places)), question))
+
+
+@lru_cache(maxsize=8)  # all methods of an item ask in turn
+def tokens_of(
+    tokenizer: Tokenizer, prompt: str, spans: tuple[tuple[int, int], ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the positions of the tokens of each span of a prompt, those over its edges included.
+
+    A token may hold the space before a span; where two tokenizations part (a prefix by itself and
+    the same prefix in the prompt), the tokens from there on count.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: Text.
+        spans: In characters, from and to.
+    """
+    whole = tokenizer.encode(prompt)
+    found = []
+    for start, end in spans:
+        first, last = (tokenizer.encode(prompt[:place]) for place in (start, end))
+        same = _shared(last, whole)
+        # The last tokens of a part may be pieces of one that reaches over its end.
+        found.append(tuple(range(_shared(first, whole), same + (same < len(last)))))
+    return tuple(found)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common from their beginning."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def check_prompting(max_length: int, truncation: str, chat: str) -> None:

@@ -197,24 +197,30 @@ class EndsRule(EvictingRule):
         super().__init__(budget, prompt=prompt, chunk=chunk)
         self._sinks = sinks
         self._moves = moves and sinks > 0
+        self._is_dropping = False
         self._dropped = 0
 
     def mix(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
         """Attend to all rows held, at positions within the cache."""
-        # A prompt that is read with full attention loses its tokens only at its end.
-        is_whole = cache.in_prompt and not self._evicts_in_prompt
-        if is_whole or not (self._moves and self._dropped):
+        self._is_dropping = False
+        if not (self._moves and self._dropped):
             return cache.attend(queries)
         rows = torch.arange(cache.length, device=queries.device)
         return cache.attend_rows(queries, rows, positions=rows + self._dropped)
 
     def choose(self, layer: int, cache: LayerCache) -> Tensor:
         """Return both ends."""
+        self._is_dropping = True
         return both_ends(cache.length, self.budget, self._sinks).to(cache.keys.device)
 
     def after_forward(self, session: OpenSession, new_tokens: Sequence[int]) -> None:
         """Note how many tokens are gone."""
-        self._dropped = max(session.length - self.budget, 0)
+        # A prompt that is read with full attention loses its tokens only at its end.
+        if self._is_dropping:
+            self._dropped = session.length - self.budget
+            self._is_dropping = False
+            if self._moves:
+                self.observes = None  # where more is read behind it, that is moved too
 
 
 def both_ends(length: int, budget: int, first: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 The attention of the last tokens of a prompt, an observation window, to all before it is added up
 and smoothed over neighbours; the tokens with most votes and the window itself stay. That happens
-once, when the prompt has been read with full attention; what is written after it all stays.
+once, when the prompt has been read with full attention; what is written or read after it all stays.
 
 Source: arXiv 2404.14469, section 4 and listing 1; FasterDecoding/SnapKV at 395b54d. Defaults are
 those of its LongBench example (`ablation_c4096_w32_k7_maxpool`: window 32, max-pooling over 7),
@@ -13,6 +13,7 @@ key-value head vote together, so that grouped models keep what they save by grou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -27,7 +28,7 @@ from methods.sparse_attention.common import (
     by_kv_head,
     require_tokens,
 )
-from models.attention import LayerCache, Rule
+from models.attention import LayerCache, OpenSession, Rule
 
 Pooling = Literal["max", "mean"]
 
@@ -59,16 +60,25 @@ class SnapshotRule(Rule):
         self._budget = budget
         self._kernel = kernel
         self._pooling: Pooling = pooling
+        self._is_ending = False
+        self._has_ended = False
 
     def attend(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
         """Attend to all rows held; at the end of a prompt keep what its window votes for."""
-        if not cache.ends_prompt or cache.length <= self._budget:
+        if self._has_ended or not cache.ends_prompt:
+            return cache.attend(queries)
+        self._is_ending = True
+        if cache.length <= self._budget:
             return cache.attend(queries)
         mixed, scores = cache.attend_with_scores(queries)
         votes = count_votes(scores, cache.keys.shape[0], self._kernel, self._pooling)
         window = functional.pad(votes, (0, cache.width))  # it stays without votes
         cache.keep(best_and_recent(window, self._budget, cache.width))
         return mixed
+
+    def after_forward(self, session: OpenSession, new_tokens: Sequence[int]) -> None:
+        """Vote no more after the first prompt."""
+        self._has_ended |= self._is_ending
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.attention import AttentionLM, AttentionSession, LayerCache, Rule
+from models.attention import (
+    AttentionLM,
+    AttentionSession,
+    LayerCache,
+    OpenSession,
+    PromptMarks,
+    Rule,
+)
 from models.base import Decoding, Forward, Trace, Unsupported
 from models.draft_tree import DraftTree, Topology
 from models.native.build import compiler
@@ -484,6 +491,129 @@ def test_bytes_and_operations_of_a_trace_are_those_of_the_rows(kernels: str) -> 
 def test_nothing_can_be_accounted_for_before_a_text() -> None:
     with pytest.raises(ValueError, match="nothing to account for"):
         AttentionLM(tiny_model(), Rule).account(Trace())
+
+
+# --- marks ---------------------------------------------------------------------------------------
+
+
+class Seeing(Rule):
+    """In layer 0 all heads see the same rows, in layer 1 each its own; layer 2 is left whole."""
+
+    observes: int | None = 0
+
+    def attend(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
+        if layer == 0:
+            return cache.attend_rows(queries, torch.tensor([1, 4, cache.length - 1]))
+        if layer == 1:
+            heads = queries.shape[1]
+            first = torch.arange(heads)[:, None]  # heads 0, 1, 2, ... see row 0, 1, 2, ...
+            last = torch.full((heads, 1), cache.length - 1)
+            return cache.attend_rows(queries, torch.cat([first, last], dim=1))
+        return cache.attend(queries)
+
+
+@on_both
+def test_the_share_of_the_evidence_that_decoding_sees_is_counted_by_heads(kernels: str) -> None:
+    model = tiny_model("llama", kernels=kernels)  # three layers, four heads
+    changed = AttentionLM(model, Seeing)
+    changed.mark(PromptMarks(evidence=(0, 1, 4, 7)))
+    trace = changed.generate(PROMPT, Decoding(max_new_tokens=4, ignore_eos=True)).trace
+    # Of four tokens layer 0 sees two; heads 0 and 1 of four see one each in layer 1.
+    assert trace.notes["evidence_kept"] == pytest.approx((2 / 4 + 2 / 4 / 4 + 1) / 3)
+    # A mark is for one text.
+    trace = changed.generate(PROMPT, Decoding(max_new_tokens=4)).trace
+    assert "evidence_kept" not in trace.notes
+
+
+class Dropping(Rule):
+    """After the first step only positions 0, 3, 4 and the new token's are left."""
+
+    def __init__(self, chosen: Sequence[int] | None) -> None:
+        self.chosen = chosen  # rows of later steps; all where None
+        self.is_done = False
+
+    def attend(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
+        if not self.is_done:
+            cache.keep(torch.tensor([0, 3, 4, len(PROMPT)]))
+        elif self.chosen:
+            return cache.attend_rows(queries, torch.tensor(self.chosen))
+        return cache.attend(queries)
+
+    def after_forward(self, session: OpenSession, new_tokens: Sequence[int]) -> None:
+        self.is_done = session.length > session.prompt_length
+
+
+@on_both
+@pytest.mark.parametrize(("chosen", "share"), [(None, 1 / 2), ([1, 3], 1 / 2), ([0, 2], 0)])
+def test_dropped_evidence_is_not_seen_wherever_its_row_was(
+    kernels: str, chosen: list[int] | None, share: float
+) -> None:
+    changed = AttentionLM(tiny_model("llama", kernels=kernels), lambda: Dropping(chosen))
+    changed.mark(PromptMarks(evidence=(1, 3)))
+    trace = changed.generate(PROMPT, Decoding(max_new_tokens=5, ignore_eos=True)).trace
+    # The first of four steps sees both; row 1, which held position 1, holds position 3 from then.
+    assert trace.notes["evidence_kept"] == pytest.approx((1 + 3 * share) / 4)
+
+
+def test_what_is_computed_again_is_not_decoded_twice() -> None:
+    class Correcting(Rule):
+        def after_forward(self, session: OpenSession, new_tokens: Sequence[int]) -> None:
+            if session.length > session.prompt_length:
+                session.recompute(new_tokens, session.length - 1)
+
+        def attend(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
+            return cache.attend_rows(queries, torch.tensor([0, cache.length - 1]))
+
+    changed = AttentionLM(tiny_model(), Correcting)
+    changed.mark(PromptMarks(evidence=(0, 1)))
+    trace = changed.generate(PROMPT, Decoding(max_new_tokens=4, ignore_eos=True)).trace
+    assert trace.notes["evidence_kept"] == 0.5
+
+
+def test_a_text_without_a_step_has_seen_nothing_and_missed_nothing() -> None:
+    changed = AttentionLM(tiny_model(), Rule)
+    changed.mark(PromptMarks(evidence=(0,)))
+    trace = changed.generate(PROMPT, Decoding(max_new_tokens=1)).trace
+    assert "evidence_kept" not in trace.notes
+
+
+@on_both
+@pytest.mark.parametrize("border", [1, 6, len(PROMPT) - 1])
+def test_a_prompt_is_read_in_two_pieces_where_its_marks_say_so(kernels: str, border: int) -> None:
+    ends: list[tuple[int, bool]] = []
+
+    class Ending(Full):
+        def attend(self, layer: int, queries: Tensor, cache: LayerCache) -> Tensor:
+            if layer == 0 and cache.in_prompt:
+                ends.append((cache.length, cache.ends_prompt))
+            return cache.attend(queries)
+
+    model = tiny_model("llama", kernels=kernels)
+    expected = model.session(40).prefill(PROMPT, all_logits=True).clone()
+    for all_logits in (True, False):
+        changed = AttentionLM(model, lambda: Ending(1))
+        changed.mark(PromptMarks(question=border))
+        ends.clear()
+        session = changed.session(40)
+        found = session.prefill(PROMPT, all_logits=all_logits)
+        assert ends == [(border, True), (len(PROMPT), True)]
+        assert session.prompt_length == session.length == len(PROMPT)
+        torch.testing.assert_close(found, expected[-len(found) :], atol=1e-5, rtol=1e-5)
+        assert len(found) == (len(PROMPT) if all_logits else 1)
+        assert session.prompt_rows == session.work.rows
+        # Only the first prompt has a question of its own.
+        session.prefill(STEPS[:3])
+        assert ends[2:] == [(len(PROMPT) + 3, True)]
+
+
+@pytest.mark.parametrize("border", [0, len(PROMPT), 99])
+def test_a_question_that_is_all_or_nothing_leaves_the_prompt_in_one_piece(border: int) -> None:
+    changed = AttentionLM(tiny_model(), lambda: Full(1))
+    changed.mark(PromptMarks(question=border))
+    session = changed.session(40)
+    expected = AttentionLM(tiny_model(), lambda: Full(1)).session(40)
+    assert torch.equal(session.prefill(PROMPT), expected.prefill(PROMPT))
+    assert session.work.rows == expected.work.rows
 
 
 # --- dropping rows -------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,14 @@ from string import Formatter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.attention import PromptMarks
 from models.base import Decoding, Generation, Trace, Unsupported
+from runner.corpus import corpus_records
 from tasks.base import Item
 from tasks.longbench import LongBench
 from tasks.longbench_protocol import (
@@ -335,7 +337,14 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 
 
 def item_of(task: str, prompt: str) -> Item:
-    fields = {"task": task, "prompt": prompt, "answers": ["x"], "classes": ["x"], "length": 1}
+    fields = {
+        "task": task,
+        "prompt": prompt,
+        "answers": ["x"],
+        "classes": ["x"],
+        "length": 1,
+        "behind": 0,
+    }
     return Item(f"{task}/0", fields)
 
 
@@ -364,6 +373,37 @@ def test_by_default_a_prompt_leaves_500_tokens_of_the_window_or_what_the_answer_
         assert len(model.asked[0][0]) == kept
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("name", ["hotpotqa", "lcc", "gov_report"])
+def test_a_method_may_have_to_compress_before_it_knows_the_question(
+    folder: Path, name: str, chat: bool
+) -> None:
+    class Marked(Recorder):
+        def mark(self, marks: PromptMarks) -> None:
+            self.marks = marks
+
+    (folder / "data" / f"{name}.jsonl").write_text(json.dumps(record(3)))
+    for is_aware, max_length in ((True, 0), (False, 0), (False, 400)):
+        task = LongBench(task=name, folder=str(folder), query_aware=is_aware, max_length=max_length)
+        model = Marked(chat)
+        item = next(task.items())
+        task.call(model, item)  # type: ignore[arg-type]  # a stand-in
+        ((asked, _),) = model.asked
+        assert model.marks.evidence == ()
+        if is_aware:
+            assert model.marks.question is None
+            continue
+        behind = PROTOCOLS[name].template.split("{context}")[1].replace("{input}", "question 3?")
+        ending = "<assistant>" if chat and name not in PLAIN_TASKS else ""
+        assert asked[model.marks.question :] == behind + ending
+    right = LongBench(
+        task=name, folder=str(folder), query_aware=False, max_length=50, truncation="right"
+    )
+    model = Marked(chat)
+    right.call(model, next(right.items()))  # type: ignore[arg-type]  # a stand-in
+    assert model.marks.question is None
+
+
 def test_a_chat_template_that_must_be_there_and_is_not_is_said() -> None:
     with pytest.raises(Unsupported, match="no chat template"):
         LongBench(chat="always").call(Recorder(), item_of("hotpotqa", "prompt"))  # type: ignore[arg-type]
@@ -372,29 +412,148 @@ def test_a_chat_template_that_must_be_there_and_is_not_is_said() -> None:
 # --- scores --------------------------------------------------------------------------------------
 
 
-def test_scores_count_for_their_task_category_and_mean(folder: Path) -> None:
-    task = LongBench(folder=str(folder))
+# One record of each task in the form that the archive has it: what is asked, the answers, the
+# classes, the language, and an output that earns the full score.
+FORMS: dict[str, tuple[str, list[str], list[str] | None, str]] = {
+    "narrativeqa": ("Who is the narrator?", ["a sailor", "Ishmael"], None, "Ishmael"),
+    "qasper": ("Which data set?", ["unanswerable"], None, "Unanswerable."),
+    "multifieldqa_en": ("When?", ["In 1999."], None, "in 1999"),
+    "multifieldqa_zh": ("什么时候？", ["一九九九年。"], None, "一九九九年"),
+    "hotpotqa": ("Which one?", ["Miller v. California"], None, "Miller v California"),
+    "2wikimqa": ("Are both alive?", ["no"], None, "No."),
+    "musique": ("When was it?", ["1,954", "nineteen fifty-four"], None, "1954"),
+    "dureader": ("如何学习？", ["每天学习", "多读书"], None, "多读书"),
+    "gov_report": ("", ["It was found. It was reported."], None, "It was reported. It was found."),
+    "qmsum": ("What was said?", ["They agreed on the budget"], None, "They agreed on the budget"),
+    "multi_news": ("", ["The two met on Monday"], None, "The two met on Monday"),
+    "vcsum": ("", ["会议讨论了预算"], None, "会议讨论了预算"),
+    "trec": (
+        "Question: Who wrote it?\nType:",
+        ["Group or organization of person"],
+        ["Group or organization of person", "Individual", "Other location"],
+        " Group or organization of person\nQuestion: What?",
+    ),
+    "triviaqa": ("Passage:\nText.\nQuestion:\nWho?\nAnswer:\n", ["Bach", "J. Bach"], None, "Bach"),
+    "samsum": ("Dialogue: A: hi\nSummary:", ["A says hi"], None, "\nA says hi\nDialogue: B"),
+    "lsht": ("新闻内容：……\n类别：", ["体育"], ["体育", "军事"], "体育\n新闻"),
+    "passage_count": ("", ["17"], None, "17"),
+    "passage_retrieval_en": ("An abstract.", ["Paragraph 15"], None, "Paragraph 15"),
+    "passage_retrieval_zh": ("一个摘要", ["段落15"], None, "段落15"),
+    "lcc": ("", ["    return self.x"], None, "\n# here\n    return self.x\n"),
+    "repobench-p": ("def f(x):\n", ["    return x"], None, "    return x"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """A folder like the whole archive: two records of each of the 21 tasks, one of each of E's."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, (asked, answers, classes, _) in FORMS.items():
+        fields = {
+            "input": asked,
+            "answers": answers,
+            "all_classes": classes,
+            "dataset": name,
+            "language": "zh" if PROTOCOLS[name].language == "zh" else "en",
+            "context": f"context of {name}\n",
+        }
+        for suffix, count in (("", 2), ("_e", 1)):
+            if suffix and name not in EVEN_TASKS:
+                continue
+            rows = [record(n, **fields, _id=f"{n:048x}") for n in range(count)]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (data / f"{name}{suffix}.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def needs_jieba(name: str) -> bool:
+    return PROTOCOLS[name].scorer in ("qa_f1_chinese", "rouge_l_chinese")
+
+
+def test_all_21_forms_of_records_become_prompts_and_their_answers_score(archive: Path) -> None:
+    assert list(FORMS) == list(PROTOCOLS)
+    task = LongBench(folder=str(archive))
+    items = list(task.items())
+    assert [item.fields["task"] for item in items] == 2 * list(FORMS)
+    assert len({item.id for item in items}) == 42
+    assert json.loads(json.dumps([item.fields for item in items])) == [i.fields for i in items]
+    for item in items[:21]:
+        name = item.fields["task"]
+        asked, answers, classes, output = FORMS[name]
+        prompt = item.fields["prompt"]
+        assert f"context of {name}\n" in prompt
+        assert asked in prompt
+        assert "{" not in prompt
+        assert item.fields["answers"] == answers
+        assert item.fields["classes"] == (classes or [])
+        if asked and name in PLAIN_TASKS - {"lcc", "repobench-p"}:
+            assert prompt.endswith(asked)
+        if needs_jieba(name):
+            pytest.importorskip("jieba")
+        assert task.score(item, output)[name] == pytest.approx(1.0, abs=1e-6), name
+        assert task.score(item, "")[name] == 0.0
+    even = LongBench(e=True, folder=str(archive))
+    assert [item.id for item in even.items()] == [f"{name}_e/{0:048x}" for name in EVEN_TASKS]
+
+
+def test_scores_count_for_their_task_category_and_mean(archive: Path) -> None:
+    task = LongBench(task="en", folder=str(archive))
     names = [metric.name for metric in task.metrics]
-    assert names[:2] == ["score", "by-category"]
-    assert len(names) == 2 + 6 + 21
-    rows = {
-        item.id: dict(task.score(item, output))
-        for item, output in [
-            (item_of("hotpotqa", ""), "x"),
-            (Item("hotpotqa/1", item_of("hotpotqa", "").fields), "y"),
-            (item_of("musique", ""), "x"),
-            (item_of("trec", ""), "no"),
+    english = [name for name in PROTOCOLS if PROTOCOLS[name].language != "zh"]
+    assert names == ["score", "by-category", *CATEGORIES, *english]
+    rows = [item for item in task.items() if item.fields["task"] in ("hotpotqa", "musique", "trec")]
+    outputs = {item.id: "no" for item in rows}
+    for item in rows:
+        if item.id.startswith("musique"):
+            outputs[item.id] = "1954"
+    first = rows[0]
+    assert first.id.startswith("hotpotqa")
+    outputs[first.id] = "Miller v. California"
+    assert task.score(first, outputs[first.id]) == {"hotpotqa": 1.0}
+    # Every item once; hotpotqa's right record twice and trec's; nothing but the first musique.
+    draws = np.array([range(6), [0, 0, 0, 2, 2, 2], [1] * 6])
+    found = task.corpus(outputs, draws)
+    assert set(found) == {"score", "by-category", *CATEGORIES}
+    np.testing.assert_allclose(found["score"], [(0.5 + 1 + 0) / 3, (1 + 0) / 2, 1.0])
+    np.testing.assert_allclose(found["multi-doc-qa"], [0.75, 1.0, 1.0])
+    np.testing.assert_allclose(found["few-shot"], [0.0, 0.0, np.nan])
+    np.testing.assert_allclose(found["by-category"], [0.375, 0.5, 1.0])
+    assert np.isnan(found["code"]).all()
+
+
+def test_lengths_of_several_tasks_are_means_over_tasks(archive: Path) -> None:
+    task = LongBench(task="code", e=True, folder=str(archive))
+    for name, lengths in (("lcc", (10, 20, 5000)), ("repobench-p", (30, 4000, 7999))):
+        rows = [
+            record(n, input="", answers=["x = 1"], length=length, context="y\n")
+            for n, length in enumerate(lengths)
         ]
-    }
-    assert rows["hotpotqa/0"] == dict.fromkeys(
-        ("score", "by-category", "multi-doc-qa", "hotpotqa"), 1.0
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (archive / "data" / f"{name}_e.jsonl").write_text(text)
+    items = list(task.items())
+    right = {"lcc_e/id0", "repobench-p_e/id0", "repobench-p_e/id1"}
+    found = task.corpus(
+        {item.id: "x = 1" if item.id in right else "" for item in items},
+        np.arange(6)[None],
     )
-    found = task.aggregate(rows)  # type: ignore[arg-type]
-    assert found["score"] == pytest.approx((0.5 + 1 + 0) / 3)
-    assert found["multi-doc-qa"] == pytest.approx(0.75)
-    assert found["few-shot"] == 0.0
-    assert found["by-category"] == pytest.approx(0.375)
-    assert math.isnan(found["code"])
+    np.testing.assert_allclose(found["score"], [(1 / 3 + 2 / 3) / 2])
+    np.testing.assert_allclose(found["0-4k"], [(1 / 2 + 1) / 2])
+    np.testing.assert_allclose(found["4-8k"], [(0 + 1 / 2) / 2])
+    assert np.isnan(found["8k+"]).all()
+    assert set(found) == {"score", *BUCKETS}
+
+
+@pytest.mark.parametrize("settings", [{}, {"task": "en"}, {"task": "code"}, {"e": True}])
+def test_every_metric_of_all_outputs_together_is_computed(
+    archive: Path, settings: dict[str, Any]
+) -> None:
+    # The worker refuses a task that leaves one out, so no cell would end.
+    task = LongBench(folder=str(archive), **settings)
+    items = [item for item in task.items() if not needs_jieba(item.fields["task"])]
+    outputs = {"cell": {item.id: "an answer" for item in items}}
+    records = list(corpus_records(task, [item.id for item in items], outputs))
+    assert {each.metric for each in records} == {m.name for m in task.metrics if m.kind == "corpus"}
 
 
 def test_even_lengths_are_scored_by_bucket(folder: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.attention import PromptMarks
 from models.base import Decoding, Generation, Trace
 from tasks.base import Item
 from tasks.longbench_generator import (
@@ -28,6 +29,7 @@ from tasks.longbench_generator import (
     make_item,
 )
 from tasks.longbench_mini import ITEMS_OF_A_KIND, LongBenchMini, bits_per_byte
+from tasks.longbench_protocol import tokens_of
 from tests.models.toy import TableModel, random_table
 
 # Kinds whose texts come from the tables alone, and so are the same under every Python.
@@ -64,6 +66,8 @@ def test_records_have_longbenchs_fields_and_evidence_inside_the_context(kind: st
 def test_the_answer_stands_in_the_evidence_and_nowhere_else(kind: str, length: int) -> None:
     for fields in records(kind, length):
         (answer,) = fields["answers"]
+        if kind == "multihop":  # the first hop is asked about, the second one stands alone
+            answer = answer.split(" -> ")[1]
         word = rf"\b{re.escape(answer.removesuffix('.'))}\b"
         assert any(re.search(word, span) for span in evidence(fields))
         assert len(re.findall(word, fields["prompt"])) == 1
@@ -79,19 +83,39 @@ def test_what_is_asked_about_stands_in_the_evidence() -> None:
         who = next(span for span in evidence(fields) if span.startswith("The "))
         where = next(span for span in evidence(fields) if " lives in " in span)
         assert len(evidence(fields)) == 2
-        assert where.split(" lives in ")[0] == who.removesuffix(".").split(" is ")[1]
-        assert who.split(" of ")[1].split(" is ")[0] in fields["input"]
+        second, city = where.removesuffix(".").split(" lives in ")
+        assert second == who.removesuffix(".").split(" is ")[1]
+        assert fields["answers"] == [f"{second} -> {city}"]
+        assert who.split(" of ")[1].split(" is ")[0] in fields["input"].split("\n")[-1]
+        # Another pair of passages, in the same context, shows how to answer.
+        shown = fields["input"].split("\n")[1].removeprefix("Answer: ")
+        link, home = shown.split(" -> ")
+        assert f"{link}." in fields["context"]
+        assert f"{link.split(' is ')[1]} lives in {home}." in fields["context"]
+        assert home != city
     for kind in ("needle", "key-value"):
         assert all(fields["input"] in evidence(fields)[0] for fields in records(kind))
 
 
 def test_a_sentence_belongs_to_the_paragraph_whose_number_is_the_answer() -> None:
+    orders = set()
     for fields in records("retrieval"):
         paragraphs = fields["context"].split("\n\n")
+        last = [text.removesuffix(".").split(". ")[-1] for text in paragraphs]
+        numbers = [int(text.rsplit(" ", 1)[1]) for text in last]
+        assert sorted(numbers) == list(range(1, len(paragraphs) + 1))
+        orders.add(tuple(numbers))
         words = Counter(fields["input"].split())
-        fitting = [n for n, text in enumerate(paragraphs, 1) if not words - Counter(text.split())]
-        assert [f"Paragraph {n}" for n in fitting] == fields["answers"]
-        assert f"[{fields['answers'][0]}]" == evidence(fields)[-1]
+        fitting = [
+            f"Paragraph {n}"
+            for n, text in zip(numbers, last, strict=True)
+            if not words - Counter(text.split())
+        ]
+        assert fitting == fields["answers"]
+        (span,) = evidence(fields)
+        assert span.endswith(f" in {fields['answers'][0]}.")
+        assert (Counter(span.split()) - words).total() == 3  # the word left out, and the label
+    assert len(orders) > 4  # a model that goes on counting is not right
 
 
 def test_as_many_paragraphs_differ_as_the_answer_says() -> None:
@@ -172,6 +196,49 @@ def test_warm_up_shares_no_name_place_or_text_with_the_test() -> None:
         assert not any(warm[:200] in fields["context"] for fields in records(kind))
 
 
+def test_the_first_records_of_the_kinds_have_their_evidence_at_different_depths() -> None:
+    places = [
+        fields["evidence"][0][0] / len(fields["prompt"])
+        for kind in ("docqa", "retrieval", "needle", "key-value")
+        for fields in records(kind, 1024, 1)
+    ]
+    assert min(places) < 0.2 < 0.6 < max(places)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_context_can_be_cut_down_to_its_evidence_or_to_nothing(kind: str) -> None:
+    for number in range(4):
+        whole, alone, nothing = (
+            make_item(kind, number, length=1024, shown=shown).fields
+            for shown in ("whole", "evidence", "nothing")
+        )
+        assert evidence(dict(alone)) == evidence(dict(whole))
+        assert alone["context"] == "\n".join(evidence(dict(whole)))
+        assert nothing["evidence"] == []
+        assert not any(span in nothing["prompt"] for span in evidence(dict(whole)))
+        frame = whole["prompt"].replace(whole["context"], "")
+        assert nothing["prompt"] == (frame or "\n")
+        for name in ("_id", "input", "answers", "all_classes"):
+            assert alone[name] == nothing[name] == whole[name]
+
+
+def test_without_its_evidence_a_prompt_does_not_hold_the_answer() -> None:
+    for kind in ("docqa", "multihop", "needle", "key-value", "summary", "retrieval"):
+        for number in range(4):
+            fields = make_item(kind, number, length=512, shown="nothing").fields
+            assert fields["answers"][0].split(" -> ")[-1] not in fields["prompt"]
+
+
+def test_a_continuation_may_be_as_long_as_the_card_has_it() -> None:
+    task = LongBenchMini(task="continuation", length=1024, continuation_tokens=256)
+    for item in itertools.islice(task.items(), 4):
+        assert abs(estimate_tokens(item.fields["answers"][0]) - 256) < 12
+        together = estimate_tokens(item.fields["prompt"] + item.fields["answers"][0])
+        assert abs(together - 0.96 * 1024) < 40
+    with pytest.raises(ValueError, match=r"continuation_tokens must lie in \[1, 256\]"):
+        LongBenchMini(length=512, continuation_tokens=257)
+
+
 def test_kinds_come_in_turn_so_that_a_limit_is_balanced() -> None:
     items = list(LongBenchMini(length=512).items())
     assert len(items) == ITEMS_OF_A_KIND * len(KINDS) == len({item.id for item in items})
@@ -198,7 +265,7 @@ def test_generated_records_are_the_same_in_every_process() -> None:
     )
     assert there.stdout.strip() == here
     # Whoever changes a record changes the task's version with it.
-    assert (here[:16], LongBenchMini.version) == ("d3f2e638d744580d", "1.0")
+    assert (here[:16], LongBenchMini.version) == ("85436df53e91bd87", "1.1")
 
 
 # --- calls and scores ----------------------------------------------------------------------------
@@ -260,11 +327,76 @@ def test_with_all_kinds_the_score_leaves_out_what_is_at_the_floor() -> None:
     assert names == ["score", *ANSWERED, "bits_per_byte"]
     assert task.score(by_kind["docqa"], "") == {"score": 0.0, "docqa": 0.0}
     assert task.score(by_kind["count"], "") == {"count": 0.0}
-    assert task.score(by_kind["multihop"], "") == {"multihop": 0.0}
+    assert task.score(by_kind["multihop"], "") == {"score": 0.0, "multihop": 0.0}
     told = json.dumps({"nats": [math.log(2)] * 6, "bytes": 3})
     assert task.score(by_kind["continuation"], told) == {"bits_per_byte": pytest.approx(2.0)}
     (metric,) = LongBenchMini(task="continuation").metrics
     assert (metric.name, metric.higher_is_better) == ("bits_per_byte", False)
+
+
+class Marked(Oracle):
+    """One that listens to what the parts of its prompt are."""
+
+    def __init__(self, window: int = 10**6) -> None:
+        super().__init__("", window)
+        self.marks: list[PromptMarks] = []
+
+    def mark(self, marks: PromptMarks) -> None:
+        self.marks.append(marks)
+
+
+@pytest.mark.parametrize("kind", ANSWERED)
+@pytest.mark.parametrize("is_aware", [True, False])
+def test_models_are_told_where_the_evidence_and_the_question_are(kind: str, is_aware: bool) -> None:
+    task = LongBenchMini(task=kind, length=512, query_aware=is_aware)
+    item, model = next(task.items()), Marked()
+    task.call(model, item)  # type: ignore[arg-type]  # a stand-in
+    (marks,) = model.marks
+    prompt = item.fields["prompt"]
+    places = {place for start, end in item.fields["evidence"] for place in range(start, end)}
+    assert marks.evidence == tuple(sorted(places))  # a letter is a token here
+    if is_aware:
+        assert marks.question is None
+    else:
+        assert prompt[: marks.question].endswith(item.fields["context"])
+        assert item.fields["input"] in prompt[marks.question :]
+
+
+def test_of_a_prompt_that_was_cut_only_the_question_is_told() -> None:
+    task = LongBenchMini(task="docqa", length=512, query_aware=False)
+    item, model = next(task.items()), Marked(window=900)
+    task.call(model, item)  # type: ignore[arg-type]  # a stand-in
+    ((length, _),) = model.asked
+    (marks,) = model.marks
+    prompt = item.fields["prompt"]
+    behind = len(prompt) - prompt.index(item.fields["context"]) - len(item.fields["context"])
+    assert length == 900 - KINDS["docqa"].max_new_tokens < len(prompt)
+    assert marks == PromptMarks((), length - behind)
+
+
+def test_a_continuation_and_a_chat_are_not_marked() -> None:
+    for settings in ({"task": "docqa", "chat": "auto"}, {"task": "docqa"}):
+        task = LongBenchMini(length=512, **settings)  # type: ignore[arg-type]
+        model = Marked()
+        task.call(model, next(task.items()))  # type: ignore[arg-type]  # a stand-in
+        assert bool(model.marks[0].evidence) == (settings.get("chat") is None)
+    continuation = LongBenchMini(task="continuation", length=512)
+    told = ByteModel()
+    told.mark = pytest.fail  # type: ignore[attr-defined]
+    continuation.call(told, next(continuation.items()))
+
+
+class Pairs:
+    """Two letters are a token, from the left."""
+
+    def encode(self, text: str) -> list[int]:
+        return [hash(text[at : at + 2]) for at in range(0, len(text), 2)]
+
+
+def test_a_token_over_the_edge_of_a_span_belongs_to_it() -> None:
+    spans = ((0, 2), (1, 2), (1, 3), (2, 3), (6, 7), (0, 7))
+    found = tokens_of(Pairs(), "abcdefg", spans)  # type: ignore[arg-type]
+    assert found == ((0,), (0,), (0, 1), (1,), (3,), (0, 1, 2, 3))
 
 
 class ByteModel(TableModel):
@@ -303,6 +435,8 @@ def test_a_continuation_is_fed_and_its_loss_is_that_of_the_table() -> None:
         ({"task": "doc-qa"}, "Did you mean 'docqa'"),
         ({"length": 100}, r"length must lie in \[384, 8192\] tokens, got 100"),
         ({"chat": "yes"}, "chat must be one of"),
+        ({"context": "all"}, "context must be one of whole, evidence, nothing"),
+        ({"query_aware": 1}, "query_aware must be true or false, got 1"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

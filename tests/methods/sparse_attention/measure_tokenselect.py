@@ -2,8 +2,8 @@
 
 Run `python -m tests.methods.sparse_attention.measure_tokenselect [PART ...]`; parts are those of
 `PARTS`, all when none is named. `votes` and `theta` grade the last tokens of a documentation that
-comes with Python, fed one by one, with SmolLM2-135M; `times` clocks the attention of one layer;
-`recall` asks tiny-lm-retrieval about texts longer than it was trained on.
+comes with Python, fed one by one, with SmolLM2-135M; `times` clocks the attention of one layer, in
+turn; `recall` asks tiny-lm-retrieval about texts longer than it was trained on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hardware.profile import Profile
@@ -50,7 +51,7 @@ SHORT = TokenSelect(n_init=8, n_local=64, k=64, chunk=32)
 LENGTHS = (256, 384, 512, 1024, 2048, 4096)
 # Query heads, key-value heads, head_dim.
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
-CONTEXTS = (4096, 8192, 16384, 32768)
+CONTEXTS = (2048, 4096, 8192, 32768)
 CPU = Profile(name="measure", kind="cpu", label="This machine")
 
 
@@ -130,47 +131,77 @@ def one_layer(heads: int, kv_heads: int, head_dim: int) -> CausalLM:
     return CausalLM(LlamaForCausalLM(config), NumberTokenizer(), "one-layer")
 
 
-@torch.inference_mode()
-def attention_seconds(
-    model: CausalLM, rule: AttentionRule, context: int, repeats: int = 9
-) -> float:
-    """Return the median time of one decoding step's attention behind random rows."""
-    session = AttentionLM(model, lambda: rule).session(context + repeats + 2)
+def attention_step(model: CausalLM, rule: AttentionRule, context: int) -> Callable[[], None]:
+    """Return what runs one decoding step's attention behind `context` random rows."""
+    session = AttentionLM(model, lambda: rule).session(context + 1)
     cache = session._layers.caches[0]
     generator = torch.Generator().manual_seed(0)
     for states in (cache._keys, cache._values):
         states.normal_(generator=generator)
     cache.rows = context
     if kernels := getattr(session._layers, "_layers", None):  # native: a forward does it first
-        kernels.reserve(1, context + repeats + 2)
+        kernels.reserve(1, context + 1)
     shape = (1, model.facts.num_heads, model.facts.head_dim)
     queries = torch.randn(shape, generator=generator)
-    seconds = []
-    for _ in range(repeats + 2):
-        cache.open(1, cache.rows)
-        begin = time.perf_counter()
+
+    @torch.inference_mode()
+    def step() -> None:
+        cache.open(1, context)
         rule.attend(0, queries, cache)
-        seconds.append(time.perf_counter() - begin)
-        cache.close(1)
-    return float(np.median(seconds[2:]))
+        cache.close(0)
+
+    return step
 
 
-def print_times() -> None:
+def interleaved_seconds(
+    steps: Sequence[Callable[[], None]], rounds: int, repeats: int = 4
+) -> npt.NDArray[np.float64]:
+    """Return processor seconds of each step, (rounds, steps): in random order in each round."""
+    order = np.random.default_rng(0)
+    seconds = np.empty((rounds, len(steps)))
+    for step in steps:
+        step()
+    for row in seconds:
+        for place in order.permutation(len(steps)):
+            begin = time.process_time()
+            for _ in range(repeats):
+                steps[place]()
+            row[place] = (time.process_time() - begin) / repeats
+    return seconds
+
+
+def ratio(seconds: npt.NDArray[np.float64], method: int) -> str:
+    """Return how many times faster than the first step a step is, with its 95% interval."""
+    draws = np.random.default_rng(1).integers(len(seconds), size=(2000, len(seconds)))
+    sums = seconds[draws].sum(axis=1)
+    low, high = np.quantile(sums[:, 0] / sums[:, method], [0.025, 0.975])
+    total = seconds.sum(axis=0)
+    return f"{total[0] / total[method]:5.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def print_times(rounds: int = 30) -> None:
     """Print the time of attention, full, selected at each step and reused, and the formula's."""
     method = TokenSelect(n_init=128, n_local=512, k=2048, rope_mode="absolute")
-    kept = method.budget
-    print("times in ms; bound: 2n / ((1 - r) n + 2 n') of rows read at skip rate r")
+    small = replace(method, n_init=4, n_local=64, k=188, chunk=64)
+    print("processor ms a step; bound: 2n / ((1 - r) n + 2 n') of rows read at skip rate r")
     for name, shape in SHAPES.items():
         model = one_layer(*shape)
         for context in CONTEXTS:
-            full = attention_seconds(model, Rule(), context)
-            line = f"{name:14} n {context:6} full {1e3 * full:7.2f}"
-            for rate, theta in ((0, 1.0), (1, -1.0)):
-                rule = TokenSelectRule(replace(method, theta=theta))
-                found = attention_seconds(model, rule, context)
-                bound = 2 * context / ((1 - rate) * context + 2 * kept)
-                line += f" | r={rate} {1e3 * found:7.2f} {full / found:5.2f}x of {bound:5.2f}x"
-            print(line, flush=True)
+            ways: list[tuple[str, AttentionRule, float]] = [("full", Rule(), 1.0)]
+            for settings in (each for each in (method, small) if each.budget < context):
+                for rate, theta in ((0, 1.0), (1, -1.0)):
+                    rule = TokenSelectRule(replace(settings, theta=theta))
+                    bound = 2 * context / ((1 - rate) * context + 2 * settings.budget)
+                    ways.append((f"{settings.budget} of them, r={rate}", rule, bound))
+            steps = [attention_step(model, rule, context) for _, rule, _ in ways]
+            seconds = interleaved_seconds(steps, rounds)
+            mean = 1e3 * seconds.mean(axis=0)
+            print(f"{name}, {context} tokens: full {mean[0]:.3f} ms")
+            for place, (what, _, bound) in enumerate(ways[1:], 1):
+                print(
+                    f"  {what:20} {mean[place]:8.3f} ms {ratio(seconds, place)} of {bound:.2f}x",
+                    flush=True,
+                )
 
 
 def recalled(model: TextGenerator, questions: Sequence[Question]) -> float:

@@ -24,7 +24,7 @@ from methods.sparse_attention.random_tokens import RandomTokens, draw
 from methods.sparse_attention.sliding_window import SlidingWindow
 from methods.sparse_attention.snapkv import SnapKV, count_votes
 from methods.sparse_attention.streaming_llm import StreamingLLM
-from models.attention import AttentionLM
+from models.attention import AttentionLM, AttentionSession, PromptMarks
 from models.base import Decoding, Unsupported
 from models.draft_tree import DraftTree
 from models.native.build import compiler
@@ -258,6 +258,104 @@ def test_a_streamed_text_may_be_longer_than_the_context(kernels: str) -> None:
                 texts.append(changed.generate(ids, decoding))
     assert len(texts[0].token_ids) == 4
     assert texts[0].trace.notes["kept_tokens"] == 8
+
+
+# --- prompts in two pieces -----------------------------------------------------------------------
+
+QUESTION = 11  # where it begins in PROMPT
+
+
+def read_apart(method: BudgetedAttention, kernels: Any) -> tuple[AttentionSession, Tensor]:
+    """Read PROMPT with its question apart; return the session and the logits after it."""
+    model = AttentionLM(tiny_model("llama", kernels=kernels), method.rule)
+    model.mark(PromptMarks(question=QUESTION))
+    session = model.session(40)
+    return session, session.prefill(PROMPT)[0]
+
+
+@on_both
+def test_snapkv_votes_before_it_knows_the_question_and_never_again(kernels: str) -> None:
+    def choose(layer: int, g: int, held: list[int]) -> list[int]:
+        window = held[-3:]
+        votes = {p: slow.votes(layer, g, window, p) for p in held[:-3]}
+        return sorted(votes, key=lambda p: -votes[p])[:3] + window
+
+    slow = SlowDecoder()
+    for token in PROMPT[:QUESTION]:
+        slow.read(token)
+    slow.keep(choose)
+    for token in PROMPT[QUESTION:]:
+        expected = slow.read(token)
+    session, found = read_apart(SnapKV(budget=6, window=3, kernel=1), kernels)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    for cache, held in zip(session._layers.caches, slow.held, strict=True):
+        assert cache.positions.tolist() == held
+    # The question stays, as what is written does, and a further prompt too.
+    assert session.kept_tokens == 6 + len(PROMPT) - QUESTION
+    session.verify(DraftTree.root(STEPS[0]))
+    session.commit([0])
+    session.prefill(STEPS[1:])
+    assert session.kept_tokens == 6 + len(PROMPT) - QUESTION + len(STEPS)
+
+
+def test_snapkv_does_not_vote_on_a_second_prompt_after_a_short_first_one() -> None:
+    session, _ = read_apart(SnapKV(budget=12, window=3, kernel=1), "transformers")
+    assert session.kept_tokens == len(PROMPT)
+
+
+@on_both
+def test_streaming_reads_a_question_at_positions_within_the_cache(kernels: str) -> None:
+    slow = SlowDecoder(compact=True)
+    for token in PROMPT[:QUESTION]:
+        slow.read(token)
+    slow.keep(lambda layer, g, held: held[:2] + held[-5:])
+    for token in PROMPT[QUESTION:]:
+        expected = slow.read(token)
+    _, found = read_apart(StreamingLLM(budget=7, sinks=2, chunk=3), kernels)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+@on_both
+def test_heavy_hitters_go_on_adding_up_over_the_question(kernels: str) -> None:
+    def choose(layer: int, g: int, held: list[int]) -> list[int]:
+        tokens = range(slow.length)
+        best = sorted(held[:-3], key=lambda p: -slow.votes(layer, g, tokens, p))
+        return best[:4] + held[-3:]
+
+    slow = SlowDecoder()
+    for number, token in enumerate(PROMPT, 1):
+        expected = slow.read(token)
+        if number in (QUESTION, len(PROMPT)):
+            slow.keep(choose)
+    session, found = read_apart(H2O(budget=7, recent_share=0.4), kernels)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    for cache, held in zip(session._layers.caches, slow.held, strict=True):
+        assert cache.positions.tolist() == held
+
+
+# --- evidence ------------------------------------------------------------------------------------
+
+
+def kept_evidence(method: BudgetedAttention, evidence: tuple[int, ...]) -> float:
+    with method.apply(tiny_model(), None) as changed:  # type: ignore[arg-type]  # no profile is needed
+        changed.mark(PromptMarks(evidence=evidence))  # type: ignore[attr-defined]  # an AttentionLM
+        decoding = Decoding(max_new_tokens=4, ignore_eos=True)
+        kept: float = changed.generate(PROMPT, decoding).trace.notes["evidence_kept"]
+        return kept
+
+
+def test_evidence_at_either_end_or_between_is_kept_or_dropped() -> None:
+    # Three steps: the sinks stay, the window moves on by one token a step.
+    assert kept_evidence(StreamingLLM(budget=6, sinks=2), (0, 1)) == 1.0
+    assert kept_evidence(StreamingLLM(budget=6, sinks=2), (5, 6)) == 0.0
+    assert kept_evidence(StreamingLLM(budget=6, sinks=2), (12,)) == pytest.approx(1 / 3)
+    assert kept_evidence(SlidingWindow(budget=6), (0,)) == 0.0
+
+
+def test_the_oracle_keeps_more_evidence_with_a_larger_budget() -> None:
+    shares = [kept_evidence(OracleTopK(budget=budget), (3, 8, 9)) for budget in (2, 6, 12)]
+    assert 0 <= shares[0] < shares[1] < shares[2] < 1
+    assert kept_evidence(OracleTopK(budget=6, dense_layers=3), (3, 8, 9)) == 1.0
 
 
 # --- budgets -------------------------------------------------------------------------------------
