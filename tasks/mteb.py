@@ -8,8 +8,10 @@ they resample it; for other types the number stands without an interval.
 Each text of a task is embedded as it stands: mteb's instructions for queries and documents are not
 put in front, and neither are the prompts of a model of sentence-transformers.
 
-Source: arXiv 2210.07316 and 2502.13595; mteb 2.26. Data come from the cache of the package
-`datasets`, or from the hub when there is a network, at the revision that mteb names.
+Source: arXiv 2210.07316 and 2502.13595; mteb 2.26. Data come from a folder that the user names, or
+from the cache of the package `datasets`, or from the hub when there is a network, the latter two at
+the revision that mteb names. Texts are embedded once for each unit that they stand in (their time
+is measured); mteb's evaluator gets each distinct text's vector from memory.
 
 One item:
     texts ["A man plays a flute.", "A man is playing."]   known [3.2]
@@ -39,9 +41,13 @@ class Mteb(EmbeddingTask):
 
     Attributes:
         task: Its name there, `STSBenchmark`, `Banking77Classification`, `SciFact`.
+        folder: Where its data set lies, laid out like the hub's repository (a clone of it, say);
+            empty for the cache of `datasets`, then the hub. What counts is what is in it: its
+            digest is part of the conditions.
     """
 
     task: str = "STSBenchmark"
+    folder: str = ""
 
     version = "1.0"
     data = Dataset(
@@ -104,4 +110,4 @@ class Mteb(EmbeddingTask):
         return {MAIN_SCORE: found}
 
     def _loaded(self) -> Loaded:
-        return load_mteb(self.task)
+        return load_mteb(self.task, self.folder)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import logging
 import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -53,7 +56,7 @@ class Loaded(NamedTuple):
         dataset: As the task loaded it.
         data: The same in our form; `PlainTexts` where we have no scorer of our own.
         main_score: Name of the headline.
-        source: Path and revision of the data set.
+        source: Path and revision of the data set; of a folder, a digest of its files.
         license: As its metadata has it.
     """
 
@@ -66,11 +69,16 @@ class Loaded(NamedTuple):
 
 
 @functools.cache
-def load_mteb(name: str) -> Loaded:
+def load_mteb(name: str, folder: str = "") -> Loaded:
     """Return a task of mteb with its data, read once.
 
+    Args:
+        name: Of the task.
+        folder: Where its data set lies as the hub's repository has it; empty for the cache of the
+            package `datasets`, then the hub.
+
     Raises:
-        ValueError: mteb has no such task.
+        ValueError: mteb has no such task, or there is no such folder.
         models.base.Unsupported: mteb is not installed, the task is not about text, or its data are
             not to be had.
     """
@@ -80,24 +88,62 @@ def load_mteb(name: str) -> Loaded:
         except KeyError as error:
             raise ValueError(f"task: {str(error.args[0]).strip()}") from error
         if set(task.metadata.modalities) != {"text"}:
-            raise Unsupported(f"mteb's '{name}' is about {', '.join(task.metadata.modalities)}.")
+            raise Unsupported(
+                f"mteb's '{name}' is about {', '.join(task.metadata.modalities)}, and texts are "
+                f"all that is embedded here. {_nearest_text_tasks(mteb, name)}"
+            )
+        source = f"{task.metadata.dataset['path']} at {task.metadata.dataset['revision']}"
+        if folder:
+            source = f"{task.metadata.dataset['path']} from a folder, {_folder_digest(folder)}"
+            dataset = {**task.metadata.dataset, "path": folder}
+            task.metadata = task.metadata.model_copy(update={"dataset": dataset})
         try:
             task.load_data()
-        except Exception as error:  # whatever a download may raise
+        except Exception as error:  # whatever a download, or somebody's files, may raise
+            way_out = (
+                "the folder must be laid out like the hub's repository, its README.md with the "
+                "names of the parts included"
+                if folder
+                else "run once with a network, put them into the cache of the package 'datasets', "
+                "or name the folder that they lie in: folder=…"
+            )
             raise Unsupported(
-                f"the data of mteb's '{name}' are not to be had ({error}): run once with a "
-                f"network, or put them into the cache of the package 'datasets'."
+                f"the data of mteb's '{name}' are not to be had ({error}): {way_out}."
             ) from error
         texts = _texts(mteb, name, task.dataset)
-        metadata = task.metadata
         return Loaded(
             name,
             task.dataset,
-            _our_data(task, texts) or PlainTexts(texts),
-            metadata.main_score,
-            f"{metadata.dataset['path']} at {metadata.dataset['revision']}",
-            str(metadata.license or "not specified"),
+            _our_data(task, texts) or PlainTexts(texts, source),
+            task.metadata.main_score,
+            source,
+            str(task.metadata.license or "not specified"),
         )
+
+
+def _nearest_text_tasks(mteb: Any, name: str) -> str:
+    tasks = mteb.get_tasks(modalities=["text"], exclusive_modality_filter=True)
+    nearest = get_close_matches(name, [task.metadata.name for task in tasks], n=3, cutoff=0)
+    return f"Tasks about text with the nearest names: {', '.join(nearest)}."
+
+
+def _folder_digest(folder: str) -> str:
+    """Return what the files of a data set are known by, wherever they lie.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"folder: there is no folder {folder}. It must hold the task's data set.")
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        place = path.relative_to(root)
+        # What a clone or a download keeps for itself: .git, .cache.
+        if path.is_file() and not any(part.startswith(".") for part in place.parts):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{place.as_posix()} {content}\n".encode())
+    return f"SHA-256 {digest.hexdigest()[:16]}"
 
 
 def mteb_score(loaded: Loaded, vectors: Mapping[str, NDArray[np.float64]]) -> MainScore:

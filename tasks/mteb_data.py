@@ -271,18 +271,22 @@ class Retrieval(_JudgedBehind):
 
 @dataclass(frozen=True, eq=False)
 class PlainTexts(EmbeddingData):
-    """The distinct texts of a task whose scorer is mteb's alone; a unit is a text."""
+    """The distinct texts of a task whose scorer is mteb's alone; a unit is a text.
+
+    What is known of them is in mteb's data set: `source` says in which state of it.
+    """
 
     texts: tuple[str, ...]
+    source: str = ""
     metrics = ()
 
     def units(self) -> list[tuple[str, ...]]:
         """Return the texts."""
         return [(text,) for text in self.texts]
 
-    def known(self, unit: int) -> None:
-        """Return None: it is in mteb's data set, at the revision of its metadata."""
-        return
+    def known(self, unit: int) -> str:
+        """Return where it is: the path and revision, or the digest, of mteb's data set."""
+        return self.source
 
     def numbers(self, vectors: Mapping[int, Vectors], counts: Floats) -> dict[str, Floats]:
         """Return nothing."""

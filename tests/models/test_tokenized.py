@@ -11,6 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, WordLevel, WordPiece
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from models.base import Decoding, InvalidOutput, TextGenerator, TokenizedLM, Unsupported
 from models.constraints import _byte_alphabet
@@ -21,6 +26,7 @@ from models.tokenized import (
     PlainTokenizer,
     ReplaceableVocabulary,
     TokenKey,
+    Vocabulary,
     donor_of,
     load_donor,
     load_tokenized,
@@ -188,6 +194,41 @@ def test_surgery_shares_the_body_and_leaves_the_wrapped_model_as_it_was(tied: bo
     assert tables == inner
 
 
+def test_every_token_that_ends_a_text_goes_on_doing_so_under_its_new_id() -> None:
+    model = tiny_lm()
+    module = copy.deepcopy(model.module)
+    module.config.eos_token_id = module.generation_config.eos_token_id = [0, 1, 7, 5000]
+    base = CausalTokenizedLM(module, model.tokenizer, "several ends", model.vocabulary)
+    assert base.facts.eos_ids == {0, 1, 7}  # no token has id 5000
+    (end, other, word), rest = model.vocabulary.keys[:3], model.vocabulary.keys[3:]
+    assert other == TokenKey("special", b"<|pad|>")
+    # A plain word that ends texts of the base by its id ends none of the donor's.
+    assert rest[4] is not None
+    assert rest[4].kind != "special"
+    moved = Vocabulary((word, other, *rest, end), {"end": len(model.vocabulary) - 1})
+    changed = base.with_vocabulary(model.tokenizer, moved, base.input_rows.clone())
+    assert changed.facts.eos_ids == {1, len(moved) - 1}
+    assert changed.module.config.eos_token_id == [1, len(moved) - 1]
+    assert changed.module.generation_config.eos_token_id == [1, len(moved) - 1]
+    without = Vocabulary((word, None, *rest, word), {})
+    changed = base.with_vocabulary(model.tokenizer, without, base.input_rows.clone())
+    assert changed.facts.eos_ids == frozenset()
+    assert changed.module.config.eos_token_id is None
+
+
+def test_the_layers_say_the_sizes_of_the_tables_and_no_row_is_padding() -> None:
+    model = tiny_lm()
+    module = copy.deepcopy(model.module)
+    module.get_input_embeddings().padding_idx = 1
+    base = CausalTokenizedLM(module, model.tokenizer, "padded", model.vocabulary)
+    rows = torch.ones(len(model.vocabulary) + 11, base.input_rows.shape[1])
+    changed = base.with_vocabulary(model.tokenizer, model.vocabulary, rows).module
+    embedding, head = changed.get_input_embeddings(), changed.get_output_embeddings()
+    assert (embedding.num_embeddings, embedding.padding_idx) == (len(rows), None)
+    assert head.out_features == len(rows)
+    assert module.get_input_embeddings().padding_idx == 1
+
+
 def test_tables_that_do_not_fit_are_refused() -> None:
     model = tiny_lm()
     width, size = model.input_rows.shape[1], len(model.vocabulary)
@@ -257,6 +298,60 @@ def test_a_plain_tokenizer_adds_nothing_cuts_nothing_and_keeps_spaces() -> None:
     assert not {2, 3}.intersection(ids)  # [CLS] and [SEP]
 
 
+def test_several_marks_and_brackets_are_words_and_only_a_single_mark_stands_bare() -> None:
+    names = ["[UNK]", "...", ".", "[unused1]", "##", "##.", "a", "7", "\u4e2d", "\u2019"]
+    core = Tokenizer(WordPiece({name: at for at, name in enumerate(names)}, unk_token="[UNK]"))
+    keys = keys_of(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]"))
+    assert keys.pop("[UNK]").kind == "special"
+    assert {name: (key.kind, key.content.decode()) for name, key in keys.items()} == {
+        "...": ("word", "..."),
+        ".": ("inner", "."),
+        "[unused1]": ("word", "[unused1]"),
+        "##": ("word", "##"),
+        "##.": ("inner", "."),
+        "a": ("word", "a"),
+        "7": ("word", "7"),
+        "\u4e2d": ("word", "\u4e2d"),
+        "\u2019": ("inner", "\u2019"),
+    }
+
+
+def test_added_tokens_are_special_where_they_say_so_and_gaps_between_ids_have_no_key() -> None:
+    core = Tokenizer(BPE({"<|endoftext|>": 0, "\u0120the": 5, "a": 2}, []))
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    core.add_tokens([AddedToken("cat", special=False), AddedToken("<tool>", special=True)])
+    hub = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    vocabulary, ids = vocabulary_of(hub), hub.get_vocab()
+    assert vocabulary.keys[ids["cat"]] == TokenKey("inner", b"cat")
+    assert vocabulary.keys[ids["<tool>"]] == TokenKey("special", b"<tool>")
+    assert len(vocabulary) == max(ids.values()) + 1
+    assert {at for at, key in enumerate(vocabulary.keys) if key is None} == (
+        set(range(len(vocabulary))) - set(ids.values())
+    )
+    assert vocabulary.keys[1] is None
+
+
+def test_a_text_begins_with_what_is_put_there_or_with_the_end_of_the_text_before() -> None:
+    names = {"<|endoftext|>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}
+
+    def hub(first: str | None, **special: str) -> PreTrainedTokenizerFast:
+        core = Tokenizer(WordLevel(names, unk_token="b"))
+        core.pre_tokenizer = WhitespaceSplit()
+        if first:
+            core.post_processor = TemplateProcessing(
+                single=f"{first} $A", special_tokens=[(first, names[first])]
+            )
+        return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+    assert start_token(hub("<s>", bos_token="<s>")) == 1
+    assert start_token(hub(None, bos_token="<s>", eos_token="</s>")) == 0
+    assert start_token(hub("b", bos_token="<s>")) == 0  # an ordinary word in front begins nothing
+    del names["<|endoftext|>"]
+    assert start_token(hub(None, bos_token="<s>", eos_token="</s>")) == 1
+    assert start_token(hub(None, eos_token="</s>")) == 2
+    assert start_token(hub(None)) is None
+
+
 # --- donors ---------------------------------------------------------------------------------------
 
 
@@ -288,6 +383,18 @@ def test_a_donor_is_read_from_a_folder_with_its_head(tmp_path: Path) -> None:
     own = donor_of(model)
     assert torch.equal(own.input_rows, donor.input_rows)
     assert own.input_rows.data_ptr() != model.input_rows.data_ptr()
+
+
+def test_a_head_that_is_the_embedding_again_is_none_of_its_own(tmp_path: Path) -> None:
+    byte_level().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    rows = torch.randn(len(byte_level()), 8, generator=torch.Generator().manual_seed(0))
+    tables = {"embed_tokens.weight": rows, "lm_head.weight": rows.clone()}
+    save_file(tables, tmp_path / "model.safetensors")
+    assert load_donor(f"path:{tmp_path}").output_rows is None
+    tables["lm_head.weight"][3, 3] += 1
+    save_file(tables, tmp_path / "model.safetensors")
+    assert load_donor(f"path:{tmp_path}").output_rows is not None
 
 
 def test_a_folder_without_an_embedding_or_with_too_few_rows_is_no_donor(tmp_path: Path) -> None:

@@ -5,22 +5,37 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import platform
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import sklearn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from models.base import EncoderFacts, Encoding, InvalidOutput, Trace
+from models.base import EncoderFacts, Encoding, InvalidOutput, Trace, Unsupported
 from results.statistics import corpus_draws, corpus_metric
 from tasks.mteb_bridge import score_in_mteb
 from tasks.mteb_common import vectors_of, vectors_text
 from tasks.mteb_data import LabelledTexts, PairList, Retrieval
-from tasks.mteb_mini import TOPICS, MiniTask, MtebMini, load_mini
+from tasks.mteb_mini import (
+    TOPICS,
+    MiniTask,
+    MtebMini,
+    _docstrings,
+    _gensim_lines,
+    _lee,
+    _polarity,
+    _topics,
+    _version,
+    _word_pairs,
+    load_mini,
+)
 
 NAMES = get_args(MiniTask)
 DIMENSION = 48
@@ -119,6 +134,149 @@ def test_documentation_is_balanced_and_no_text_gives_its_answer_away() -> None:
     for query, document in zip(search.queries, search.documents, strict=True):
         assert query not in document
         assert document.startswith(("def ", "@"))
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A standard library of two modules and a package."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("tasks.mteb_mini.FUNCTIONS_OF", ("one.py", "two.py"))
+    monkeypatch.setattr("tasks.mteb_mini.TOPICS", ("pack", "solo.py"))
+    return tmp_path
+
+
+def function(name: str, documentation: str, lines: int = 4) -> str:
+    body = "\n".join(f"    x{number}  = {name!r}" for number in range(lines))
+    return f'def {name}(a):\n    """{documentation}"""\n{body}\n\n'
+
+
+def test_functions_to_be_found_are_public_of_middle_length_and_asked_for_once(
+    library: Path,
+) -> None:
+    good = "Return what nobody asked for."
+    (library / "one.py").write_text(
+        function("kept", f"{good}\n\n    More of it.\n    ")
+        + function("_private", "Return what nobody may see.")
+        + function("terse", "Three words only.")
+        + function("tiny", "Return nothing of any length.", lines=1)
+        + function("long", "Return very much of it all.", lines=60)
+        + "class Box:\n"
+        + '    """Hold many things at a time."""\n'
+        + "async def later(a):\n"
+        + '    """Return something at a later time."""\n    x = 1\n    y = 2\n    z = 3\n'
+    )
+    # The same question again, and the same function with another question.
+    again = function("kept", "Return the same function once more.")
+    (library / "two.py").write_text(
+        function("other", good) + again + function("last", "Return the last of all of them.")
+    )
+    found = _docstrings()
+    assert found.queries == (good, "Return the last of all of them.")
+    assert [document.split("(")[0] for document in found.documents] == ["def kept", "def last"]
+    assert found.documents[0] == "def kept(a):\n" + "\n".join(
+        f"    x{number} = 'kept'" for number in range(4)
+    )
+    assert found.relevant == ({0: 1}, {1: 1})
+
+
+def test_no_more_functions_of_a_module_are_taken_than_said_and_they_are_drawn(
+    library: Path,
+) -> None:
+    names = [f"number{place}" for place in range(12)]
+    text = "".join(function(name, f"Return what {name} has to say.") for name in names)
+    for module in ("one.py", "two.py"):
+        (library / module).write_text(text.replace("number", module[:3]))
+    found = [document.split("(")[0].removeprefix("def ") for document in _docstrings().documents]
+    assert len(found) == 6
+    assert found[:3] != [f"one{place}" for place in range(3)]
+    assert [name[3:] for name in found[:3]] != [name[3:] for name in found[3:]]
+
+
+def documented(texts: Sequence[str]) -> str:
+    return "".join(function(f"f{place}", text) for place, text in enumerate(texts))
+
+
+def test_texts_of_a_topic_are_first_paragraphs_that_do_not_name_it(library: Path) -> None:
+    def sentences(word: str) -> list[str]:
+        return [
+            f"Return the {word} of number {place} as it stood\n    before.\n\n    And more.\n    "
+            for place in range(24)
+        ]
+
+    naming = [f"Return the Pack that number {place} is a part of." for place in range(24)]
+    short = [f"Number {place} alone." for place in range(24)]
+    (library / "pack").mkdir()
+    (library / "pack" / "inner.py").write_text(documented([*naming, *sentences("colour")]))
+    (library / "solo.py").write_text(documented([*short, *sentences("weight")]))
+    train, test = _topics()
+    words = {"pack": "colour", "solo": "weight"}
+    for part in (train, test):
+        assert Counter(each.label for each in part) == {"pack": 12, "solo": 12}
+        # In no order of topics, so that a limit leaves some of each.
+        assert len({each.label for each in part[:8]}) == 2
+        for each in part:
+            assert each.text.startswith(f"Return the {words[each.label]} of number ")
+            assert each.text.endswith(" as it stood before.")
+    assert len({each.text for each in (*train, *test)}) == 48
+
+
+def test_a_text_that_two_topics_have_belongs_to_the_first(library: Path) -> None:
+    shared = [f"Return what both of the places say about {place}." for place in range(24)]
+    own = [f"Return what one of the places says about {place}." for place in range(24)]
+    (library / "pack").mkdir()
+    (library / "pack" / "inner.py").write_text(documented(shared))
+    (library / "solo.py").write_text(documented([*shared, *own]))
+    train, test = _topics()
+    for each in (*train, *test):
+        assert each.text in (shared if each.label == "pack" else own)
+
+
+def test_judgements_and_reviews_are_read_as_their_files_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = {
+        "wordsim353.tsv": ["# a\tremark\tfirst", "tiger\tcat\t7.35", "a\tb\t0"],
+        "pang_lee_polarity.cor": [
+            f"__label__{'neg' if n < 60 else 'pos'} it is {n}" for n in range(120)
+        ],
+        "lee.cor": ["one text ", "another text", "a third"],
+        "similarities0-1.txt": ["1 0.5 0.2", "0 1 0.7", "0 0 1"],
+    }
+    monkeypatch.setattr("tasks.mteb_mini._gensim_lines", files.__getitem__)
+    pairs = _word_pairs("wordsim353.tsv")
+    assert pairs.pairs == (("tiger", "cat"), ("a", "b"))
+    assert pairs.gold == (7.35, 0.0)
+    reviews = _polarity()
+    # The labels come in blocks, so every second one is to train on.
+    assert reviews.train == tuple(f"it is {n}" for n in range(0, 120, 2))
+    assert reviews.test == tuple(f"it is {n}" for n in range(1, 120, 2))
+    assert reviews.train_labels == reviews.test_labels == ("neg",) * 30 + ("pos",) * 30
+    news = _lee()
+    assert news.texts == ("one text", "another text", "a third")
+    assert news.gold[news.pairs()].tolist() == [0.5, 0.2, 0.7]
+
+
+def test_news_texts_are_whole() -> None:
+    lee: Any = load_mini("lee")
+    assert max(len(text.split()) for text in lee.texts) > 100
+
+
+def test_the_record_names_what_texts_and_scorers_come_from() -> None:
+    assert set(MtebMini(task="lee").conditions()) == {"scikit-learn", "gensim"}
+    found = MtebMini(task="topics").conditions()
+    assert found == {"scikit-learn": sklearn.__version__, "python": platform.python_version()}
+
+
+def test_what_is_not_installed_is_an_answer(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    with pytest.raises(Unsupported, match="standard library's sources are not here"):
+        _docstrings()
+    with pytest.raises(Unsupported, match="needs nowhere-to-be-found, which is not installed"):
+        _version("nowhere-to-be-found")
+    with pytest.raises(Unsupported, match="this gensim has no test data"):
+        _gensim_lines("no such file")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Unsupported, match="gensim is not installed: pip install gensim"):
+        _gensim_lines("lee.cor")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -397,6 +399,54 @@ def test_the_filter_takes_bad_tokens_out_of_the_dictionary_and_clears_those_bad_
     plain = OmpTransplant(k=3).new_rows(spoiled._replace(donor=donor), torch.tensor([both]))
     assert not torch.allclose(rows, plain)
     assert OmpTransplant(k=3).cleared(spoiled).tolist() == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_look_badly_trained_in_both_have_rows_of_zeros_behind_the_transplant(
+    tied: bool, donor_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_lm(tied=tied)
+    donor = find_donor(donor_folders["other"], model)
+    alignment = align(model.vocabulary, donor.vocabulary)
+    mine, theirs = (int(each[7]) for each in (alignment.shared_base, alignment.shared_donor))
+    module = copy.deepcopy(model.module)
+    with torch.no_grad():
+        for table in {module.get_input_embeddings().weight, module.get_output_embeddings().weight}:
+            table[mine] = 1e-6
+    base = CausalTokenizedLM(module, model.tokenizer, "spoiled", model.vocabulary)
+    rows = donor.input_rows.clone()
+    rows[theirs] = 1e-6
+    spoiled = donor._replace(input_rows=rows)
+    monkeypatch.setattr("methods.tokenizers.common.find_donor", lambda name, model: spoiled)
+    changed = transplanted(OmpTransplant(k=3, donor="spoiled", magikarp=True), base)
+    plain = transplanted(OmpTransplant(k=3, donor="spoiled"), base)
+    for found in (changed.input_rows, changed.output_rows):
+        assert not found[theirs].any()
+    assert torch.equal(plain.input_rows[theirs], base.input_rows[mine])
+    kept = alignment.shared_donor[20:40]
+    assert torch.equal(changed.input_rows[kept], plain.input_rows[kept])
+
+
+def test_scores_and_texts_note_which_donor_they_are_of(donor_folders: dict[str, str]) -> None:
+    model = tiny_lm()
+    digests = {}
+    for name in ("other", "sentence"):
+        changed = transplanted(OmpTransplant(k=3, donor=donor_folders[name]), model)
+        donor = find_donor(donor_folders[name], model)
+        alignment = align(model.vocabulary, donor.vocabulary)
+        content = donor.input_rows.numpy().tobytes()
+        expected = {
+            "donor_tokens": len(donor.vocabulary),
+            "shared_tokens": len(alignment.shared_donor),
+            "new_tokens": len(alignment.new),
+            "donor_digest": hashlib.sha256(content).hexdigest()[:16],
+        }
+        scored = changed.score(TEXT).trace.notes
+        written = changed.generate(TEXT, Decoding(max_new_tokens=2)).trace.notes
+        for notes in (scored, written):
+            assert {key: notes[key] for key in expected} == expected
+        digests[name] = expected["donor_digest"]
+    assert digests["other"] != digests["sentence"]
 
 
 # --- rows for the text at hand --------------------------------------------------------------------
