@@ -19,7 +19,7 @@ from runner.registry import Registry
 from runner.request import UsageError
 from runner.settings import unknown
 from tasks.base import Item, Scored, Unscored
-from tasks.code_scorers import OURS, Scorer, scorers
+from tasks.scorers import OURS, Scorer, scorers
 
 # Programs under test; the sandbox limits the processor time of each.
 _WORKERS = 2
@@ -99,7 +99,7 @@ def _rescore(store: Store, registry: Registry, experiment: ExperimentRecord) -> 
         corpus = {
             scorer.name: list(
                 corpus_records(
-                    task,
+                    scorer.task,
                     experiment.items,
                     {
                         cell: {item: scorer.cut(text) for item, text in texts.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -14,6 +14,8 @@ from models.base import Trace
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from tasks.scorers import Scorer
 
 Capability = TypeVar("Capability")
 
@@ -174,6 +176,10 @@ class Task(ABC, Generic[Capability]):
     def score_with_detail(self, item: Item, output: str) -> Scored:
         """Score a stored output and say what happened to it, where a task has more to say."""
         return Scored(self.score(item, output), "")
+
+    def other_scorers(self) -> Sequence[Scorer]:
+        """Return other people's ways to score the same outputs; none by default."""
+        return ()
 
     def corpus(
         self, outputs: Mapping[str, str], draws: NDArray[np.int64]

@@ -17,15 +17,11 @@ limited instead of wall time, and nothing runs outside the sandbox.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from tasks.base import Item, Scored, Task
+from tasks.base import Item, Scored
 from tasks.code_scoring import CodeTask, Problem, check, problem_of
 from tasks.sandbox import Limits
+from tasks.scorers import Scorer, whole
 
-OURS = "tokenmark"
 # `until` of lm-eval's task `humaneval`, in its order.
 LM_EVAL_UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MARKDOWN_FENCE = "```"
@@ -33,37 +29,16 @@ MARKDOWN_FENCE = "```"
 LIMITS = Limits(cpu_seconds=4, wall_seconds=60)
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """A way to score a stored output.
-
-    Attributes:
-        name: As rows and tables write it.
-        cut: What of the output is judged.
-        judge: Scores an item's output after the cut; pure, and equal texts get equal scores.
-        judged_by: Name of the judge, which scorers may share.
-    """
-
-    name: str
-    cut: Callable[[str], str]
-    judge: Callable[[Item, str], Scored]
-    judged_by: str
-
-
-def scorers(task: Task[Any]) -> list[Scorer]:
-    """Return the scorers of a task, its own first."""
-    own = Scorer(OURS, _whole, task.score_with_detail, OURS)
-    if not isinstance(task, CodeTask):
-        return [own]
+def official_scorers(task: CodeTask) -> list[Scorer]:
+    """Return the scorers of a task beside its own."""
 
     def official(item: Item, output: str) -> Scored:
         return _official(task, item, output)
 
     return [
-        own,
-        Scorer("official", _whole, official, "official"),
-        Scorer("lm-eval", cut_at_until, official, "official"),
-        Scorer("lm-eval-instruct", cut_at_fence, official, "official"),
+        Scorer("official", whole, official, "official", task),
+        Scorer("lm-eval", cut_at_until, official, "official", task),
+        Scorer("lm-eval-instruct", cut_at_fence, official, "official", task),
     ]
 
 
@@ -109,7 +84,3 @@ def _official(task: CodeTask, item: Item, output: str) -> Scored:
     scores = {metric.name: float(verdict.passed) for metric in task.metrics}
     detail = verdict.detail.removeprefix("AssertionError: ")
     return Scored(scores, f"{verdict.outcome}: {detail}" if detail else verdict.outcome)
-
-
-def _whole(output: str) -> str:
-    return output

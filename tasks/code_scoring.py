@@ -20,10 +20,10 @@ import os
 import select
 import subprocess
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from models.base import Decoding, Generation, TextGenerator
 from models.constraints import ConstrainedDecoding, Constraint
@@ -31,6 +31,9 @@ from models.python_syntax import python_program
 from tasks.base import Item, Metric, Scored, Scores, Task
 from tasks.sandbox import Level, Limits, require_level, start
 from tasks.sandbox.child import decode, frame
+
+if TYPE_CHECKING:
+    from tasks.scorers import Scorer
 
 # Where a function ends: the five strings of arXiv 2107.03374, section 3.2.
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -350,6 +353,12 @@ class CodeTask(Task[TextGenerator]):
         return Scored(
             scores, f"{verdict.outcome}: {verdict.detail}" if verdict.detail else verdict.outcome
         )
+
+    def other_scorers(self) -> Sequence[Scorer]:
+        """Return the official evaluator and the two of lm-eval."""
+        from tasks.code_scorers import official_scorers  # it builds on this module
+
+        return official_scorers(self)
 
     def _formed(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return an item's fields in the prompt form; what the prompt loses the reference gains."""

@@ -161,15 +161,19 @@ def test_the_command_prints_scorers_and_disputes(tmp_path, capsys, monkeypatch) 
 def judge_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the judges by one that says a half, to test what is around them."""
     from tasks.base import Scored
-    from tasks.code_scorers import Scorer
+    from tasks.scorers import Scorer
 
-    half = Scorer("tokenmark", str, lambda item, output: Scored({"pass@1": 0.5}, "half"), "half")
-    monkeypatch.setattr("runner.scoring.scorers", lambda task: [half])
+    def half(item, output):
+        return Scored({"pass@1": 0.5}, "half")
+
+    monkeypatch.setattr(
+        "runner.scoring.scorers", lambda task: [Scorer("tokenmark", str, half, "half", task)]
+    )
 
 
 def test_equal_texts_of_an_item_are_judged_once(tmp_path, monkeypatch) -> None:
     from tasks.base import Scored
-    from tasks.code_scorers import Scorer
+    from tasks.scorers import Scorer
 
     seen: list[tuple[str, str]] = []
 
@@ -177,8 +181,10 @@ def test_equal_texts_of_an_item_are_judged_once(tmp_path, monkeypatch) -> None:
         seen.append((item.id, output))
         return Scored({"pass@1": 1.0}, "")
 
-    both = [Scorer(name, str, judge, "same") for name in ("tokenmark", "other")]
-    monkeypatch.setattr("runner.scoring.scorers", lambda task: both)
+    monkeypatch.setattr(
+        "runner.scoring.scorers",
+        lambda task: [Scorer(name, str, judge, "same", task) for name in ("tokenmark", "other")],
+    )
     rescore(write_outputs(tmp_path).path, Registry())
     # HumanEval/3 has two outputs, and so have the others.
     assert len(seen) == len(set(seen)) == 8
