@@ -276,7 +276,7 @@ class Checkpoint:
     def __init__(self, folder: Path, recipe: Mapping[str, object]) -> None:
         self.path = folder / "checkpoint.safetensors"
         self.recipe = json.loads(json.dumps(recipe))
-        self.stage, self.done, self.facts = "", 0, dict[str, object]()
+        self.stage, self.done, self.facts = "", 0, dict[str, Any]()
         self._seconds = 0.0
         self._last = time.monotonic()
         if not self.path.is_file():

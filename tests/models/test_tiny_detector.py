@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from models.embedded.scenes import raster
 from models.embedded.scenes.generator import SHAPES, Draws, generate
 from models.embedded.scenes.questions import resolve
-from models.embedded.tiny_detector import data, text
+from models.embedded.tiny_detector import data, text, train
 from models.embedded.tiny_detector.evaluate import (
     Reply,
     Request,
@@ -45,7 +48,7 @@ from models.embedded.tiny_detector.text import (
 from models.embedded.tiny_detector.train import order_coordinates, take_over, write_files
 from models.embedded.tiny_vlm.network import TinyVlm, llava_config
 from models.embedded.tiny_vlm.text import EOS
-from models.embedded.training import save_half
+from models.embedded.training import Checkpoint, save_half
 
 FOLDER = Path(text.__file__).parent
 
@@ -315,3 +318,58 @@ def test_the_committed_folder_is_complete():
     assert json.loads((FOLDER / "quality.json").read_text())["final"]
     for name in ("curve.csv", "README.md", "sample.png", "tokenizer.json"):
         assert (FOLDER / name).stat().st_size > 0
+
+
+class Stopped(Exception):
+    """Stands for the signal that ends a process."""
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PRINT_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(train, "SMOKE_BATCH", 1)
+    monkeypatch.setattr(train, "finish", lambda *given: None)
+    monkeypatch.setattr(data, "make", cache(data.make))
+    update = torch.optim.AdamW.step
+
+    def run(name: str, stop_in: str = "", steps_before: int = 0) -> None:
+        nowhere = tmp_path / "no weights"
+        recipe = train.Recipe(tmp_path / name, nowhere, torch.device("cpu"), 5, 0.0001, None, 0)
+        steps = {"vision": 0, "requests": 0}
+
+        def step(optimizer, *given):
+            stage = "requests" if "vision" in recipe.stages_done else "vision"
+            steps[stage] += 1
+            if stage == stop_in and steps[stage] > steps_before:
+                raise Stopped
+            last = stage == stop_in and steps[stage] == steps_before
+            # The state is written after the last step before the stop.
+            monkeypatch.setattr(Checkpoint, "EVERY_SECONDS", 0.0 if last else 1e9)
+            return update(optimizer, *given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.optim.AdamW, "step", step)
+            recipe.run()
+
+    run("whole")
+    for stop in (("vision", 3), ("requests", 2)):
+        with pytest.raises(Stopped):
+            run("parted", *stop)
+        assert (tmp_path / "parted/checkpoint.safetensors").is_file()
+    run("parted")
+    folders = [tmp_path / "whole", tmp_path / "parted"]
+    whole, parted = (load_file(folder / "model.safetensors") for folder in folders)
+    assert whole.keys() == parted.keys()
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    assert not (tmp_path / "parted/checkpoint.safetensors").exists()
+    for folder in folders:
+        stages = json.loads((folder / "quality.json").read_text())["stages"]
+        assert [(each["stage"], each["steps"]) for each in stages] == [
+            ("vision", 4),
+            ("requests", 4),
+        ]
+    curves = [
+        [row[:2] + row[3:] for row in csv.reader((folder / "curve.csv").read_text().splitlines())]
+        for folder in folders
+    ]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 1 + 4 + 4

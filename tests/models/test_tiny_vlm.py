@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from models.embedded.scenes.font import CHARACTERS
 from models.embedded.scenes.generator import COLOUR_NAMES, SHAPES, WORDS, generate
@@ -22,12 +26,12 @@ from models.embedded.scenes.questions import (
 )
 from models.embedded.scenes.raster import mask, render
 from models.embedded.scenes.raster_torch import Renderer
-from models.embedded.tiny_vlm import data, text
+from models.embedded.tiny_vlm import data, text, train
 from models.embedded.tiny_vlm.batches import Mix, compose, numpy_rows, vision_labels
 from models.embedded.tiny_vlm.evaluate import Examiner, prompt_start, visual_embeddings
 from models.embedded.tiny_vlm.network import PATCHES, Layout, TinyVlm, llava_config
 from models.embedded.tiny_vlm.train import words_entropy, write_files
-from models.embedded.training import save_half
+from models.embedded.training import Checkpoint, save_half
 
 FOLDER = Path(text.__file__).parent
 CPU = torch.device("cpu")
@@ -107,7 +111,7 @@ def test_a_packed_question_is_what_it_is_alone(network, rows):
     mix = Mix(2, 2, 1.0, 1.0, 1.0)
     rates = torch.ones(len(CATEGORIES))
     torch.manual_seed(1)
-    words = compose(rows, mix, rates, rates)
+    words = compose(rows, mix, rates, rates, torch.Generator().manual_seed(0))
     start = prompt_start("cpu")
     visual = visual_embeddings(network, Renderer(96, "cpu").render(rows.scene[:2]).image)
     packed = Layout(len(start) + PATCHES, mix.slots, "cpu")
@@ -125,7 +129,7 @@ def test_a_packed_question_is_what_it_is_alone(network, rows):
 def test_targets_are_the_answers_and_nothing_else(rows):
     mix = Mix(3, 3, 2.0, 3.0, 0.5)
     rates = torch.ones(len(CATEGORIES))
-    words = compose(rows, mix, rates, rates)
+    words = compose(rows, mix, rates, rates, torch.Generator().manual_seed(0))
     letters = {text.encode(letter)[0] for letter in LETTERS}
     begin = 0
     for number, length in enumerate(mix.slots):
@@ -158,7 +162,7 @@ def test_hard_categories_are_asked_more_often(rows):
     rates = torch.full((len(CATEGORIES),), 1e-9)
     rates[CATEGORIES.index("count")] = 1.0
     mix = Mix(1, 1, 1.0, 1.0, 1.0)
-    words = compose(rows, mix, rates, rates)
+    words = compose(rows, mix, rates, rates, torch.Generator().manual_seed(0))
     stem = text.encode("How many objects are there?")
     begin = data.CAPTION_SLOT
     assert (words.tokens[:, begin : begin + len(stem)] == torch.tensor(stem)).all()
@@ -284,3 +288,80 @@ def test_the_committed_folder_is_complete():
     assert quality["final"]
     for name in ("curve.csv", "README.md", "sample.png", "tokenizer.json"):
         assert (FOLDER / name).stat().st_size > 0
+
+
+class Stopped(Exception):
+    """Stands for the signal that ends a process."""
+
+
+class _Examiner:
+    """Marks that hang on the weights, without asking anything."""
+
+    def __init__(self, *given: object) -> None:
+        pass
+
+    def ask(self, model: TinyVlm) -> float:
+        return float(model.lm_head.weight.sum())
+
+    def table(self, answers: float) -> dict[str, dict[str, float]]:
+        # All is known but one category, which is then asked almost always.
+        weak = CATEGORIES[int(abs(answers) * 1e3) % len(CATEGORIES)]
+        marks = {name: float(name != weak) for name in (*CATEGORIES, "all")}
+        return {"letter": marks, "direct": marks}
+
+
+def test_a_training_stopped_in_several_stages_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "PRINT_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(train, "finish", lambda *given: None)
+    monkeypatch.setattr(train, "Examiner", _Examiner)
+    monkeypatch.setattr(train, "LARGE_EVERY", 99)
+    monkeypatch.setattr(train, "SMOKE_BATCH", 1)
+    monkeypatch.setattr(data, "make", cache(data.make))
+    short = [stage.mix and stage.mix._replace(letters=2, directs=2) for stage in train.STAGES]
+    stages = [stage._replace(mix=mix) for stage, mix in zip(train.STAGES, short, strict=True)]
+    monkeypatch.setattr(train, "STAGES", tuple(stages))
+    update = torch.optim.AdamW.step
+
+    def run(name: str, stop_in: str = "", steps_before: int = 0) -> None:
+        recipe = train.Recipe(tmp_path / name, CPU, 5, 0.0005, None, 0, False)
+        steps = Counter()
+
+        def step(optimizer, *given):
+            stage = next(stage.name for stage in stages if stage.name not in recipe.stages_done)
+            steps[stage] += 1
+            if stage == stop_in and steps[stage] > steps_before:
+                raise Stopped
+            last = stage == stop_in and steps[stage] == steps_before
+            # The state is written after the last step before the stop.
+            monkeypatch.setattr(Checkpoint, "EVERY_SECONDS", 0.0 if last else 1e9)
+            return update(optimizer, *given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.optim.AdamW, "step", step)
+            recipe.run()
+
+    run("whole")
+    for stop in (("vision", 3), ("joint", 2)):
+        with pytest.raises(Stopped):
+            run("parted", *stop)
+        assert (tmp_path / "parted/checkpoint.safetensors").is_file()
+    capsys.readouterr()
+    run("parted")
+    assert "joint step 2" in (said := capsys.readouterr().out)
+    assert "joint step 1" not in said  # it goes on, and does not begin anew
+    folders = [tmp_path / "whole", tmp_path / "parted"]
+    whole, parted = (load_file(folder / "model.safetensors") for folder in folders)
+    assert whole.keys() == parted.keys()
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    assert not (tmp_path / "parted/checkpoint.safetensors").exists()
+    facts = [json.loads((folder / "quality.json").read_text()) for folder in folders]
+    for each in facts:
+        assert [(stage["stage"], stage["steps"]) for stage in each["stages"]] == [
+            (stage.name, 4) for stage in stages
+        ]
+    assert facts[0]["validation"] == facts[1]["validation"]
+    curves = [
+        [row[:2] + row[3:] for row in csv.reader((folder / "curve.csv").read_text().splitlines())]
+        for folder in folders
+    ]
+    assert curves[0] == curves[1]

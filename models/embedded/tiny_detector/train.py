@@ -5,7 +5,8 @@
 Begins with the weights of `--init` (tiny-vlm's by default): the tower already knows shapes,
 colours and places. Where that folder has none, tiny-vlm's vision stage is trained first. Then one
 stage trains everything on packed requests: three for boxes, one for points, one for outlines
-behind each image.
+behind each image. A training that was stopped goes on where it was, when it is started again with
+the same arguments.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from models.embedded.tiny_vlm.network import PATCHES, TEXT_WIDTH, Layout, TinyVl
 from models.embedded.tiny_vlm.text import BOS, EOS, PAD, write_tokenizer
 from models.embedded.training import (
     AveragedWeights,
+    Checkpoint,
     Clock,
     Curve,
     cosine,
@@ -54,6 +56,10 @@ from models.embedded.training import (
 TARGET = {"ap50": 0.8, "f1_50": 0.85}
 BATCH, RATE, VISION_RATE_SHARE, VISION_LOSS_WEIGHT = 64, 1.2e-3, 0.4, 0.1
 STEPS, VISION_BATCH, VISION_STEPS, VISION_SHARE = 14_000, 256, 3_500, 0.2
+SMOKE_BATCH = 2
+PRINT_EVERY_SECONDS = 10.0
+# Of the time that is allowed, for the last evaluation.
+EVALUATION_SECONDS = 40.0
 
 
 class Recipe:
@@ -69,7 +75,7 @@ class Recipe:
         max_seconds: float | None,
         workers: int,
     ) -> None:
-        self.begun = time.monotonic()
+        began = time.monotonic()
         self.out, self.device, self.seed = out, device, seed
         self.scale, self.max_seconds = steps_scale, max_seconds
         self.small = steps_scale < 0.1
@@ -81,8 +87,19 @@ class Recipe:
         self.model = TinyVlm(VOCABULARY_SIZE)
         order_coordinates(self.model)
         self.initialised = take_over(self.model, init)
+        recipe = {
+            "seed": seed,
+            "device": device.type,
+            "steps_scale": steps_scale,
+            "initialised_from": self.initialised,
+            "steps": (VISION_STEPS, STEPS),
+        }
+        self.checkpoint = Checkpoint(out, recipe)
+        # As if there had been no interruption.
+        self.begun = began - self.checkpoint.facts.get("seconds", 0.0)
         self.model.to(device)
         self.heads = VisionHeads().to(device)
+        self.draws = torch.Generator(device).manual_seed(seed + 1)
         self.renderer = Renderer(data.SIZE, device)
         scenes = CHUNK * (2 if self.small else 800)
         work = [("train", first, CHUNK) for first in range(0, scenes, CHUNK)]
@@ -93,13 +110,13 @@ class Recipe:
         )
         self.watched = requests("validation", 4 if self.small else 192, "box", all_shapes=True)
         self.averaged: AveragedWeights | None = None
-        self.curve = Curve(out / "curve.csv", ("loss", "f1_50", "ap50"))
-        self.quality: dict[str, float] = {}
-        self.stages_done: list[dict[str, float | str]] = []
+        columns = ("loss", "f1_50", "ap50")
+        self.curve = Curve(out / "curve.csv", columns, self.checkpoint.kept)
+        self.quality: dict[str, float] = self.checkpoint.facts.get("validation", {})
 
     @property
     def seconds(self) -> float:
-        """Wall time since the recipe began, seconds."""
+        """Wall time since the recipe began, without interruptions, seconds."""
         return time.monotonic() - self.begun
 
     def say(self, text: str) -> None:
@@ -114,29 +131,52 @@ class Recipe:
         """Train, then evaluate and write everything."""
         self.store.poll(until=64 if self.small else 4096, seconds=120)
         self.say(f"begins with {self.store.ready}; weights from {self.initialised or 'nowhere'}")
-        left = None if self.max_seconds is None else self.max_seconds - self.seconds - 40
-        if not self.initialised:
-            self.train("vision", VISION_STEPS, None if left is None else VISION_SHARE * left)
-            left = None if self.max_seconds is None else self.max_seconds - self.seconds - 40
+        if not self.initialised and "vision" not in self.stages_done:
+            self.train("vision", VISION_STEPS, VISION_SHARE)
         self.averaged = AveragedWeights(self.model, 0.998)
-        self.train("requests", STEPS, None if left is None else max(left, 1.0))
+        self.train("requests", STEPS, 1.0)
         self.averaged.copy_to(self.model)
         self.save()
+        self.checkpoint.remove()
         self.store.close()
         finish(self.model, self.out, self.device, self.small, self.facts())
 
-    def train(self, stage: str, steps: int, budget: float | None) -> None:
-        """Train the tower alone, or everything."""
+    @property
+    def stages_done(self) -> dict[str, dict[str, float]]:
+        """What is known about each stage that is over."""
+        return self.checkpoint.facts.setdefault("stages", {})
+
+    def keep(self, stage: str, done: int, clock: Clock, kept: dict, *, now: bool = False) -> None:
+        """Write what is needed to go on, now and then or `now`."""
+        self.checkpoint.facts |= {"seconds": self.seconds, "validation": self.quality}
+        self.checkpoint.save(stage, done, clock, kept, now=now)
+
+    def train(self, stage: str, steps: int, share: float) -> None:
+        """Train the tower alone, or everything, for a share of the seconds that are left."""
         groups = self.groups(only_vision=stage == "vision")
         fused = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=fused)
         bases = [group["lr"] for group in groups]
         parameters = [weight for group in groups for weight in group["params"]]
         batch = VISION_BATCH if stage == "vision" else BATCH
-        batch = 2 if self.small else batch
-        clock = Clock(max(4, round(steps * self.scale)), budget)
-        spoken = examined = saved = 0.0
-        spoken_step = 0
+        batch = SMOKE_BATCH if self.small else batch
+        clock = Clock(max(4, round(steps * self.scale)))
+        kept: dict[str, object] = {
+            "model": self.model,
+            "heads": self.heads,
+            "optimizer": optimizer,
+            "draws": self.draws,
+        }
+        if self.averaged is not None:
+            kept["average"] = self.averaged
+        self.checkpoint.restore(stage, clock, kept)
+        if self.max_seconds is not None:
+            left = self.max_seconds - (self.seconds - clock.seconds) - EVALUATION_SECONDS
+            clock.max_seconds = max(1.0, left * share)
+        # The stage before is then in the file as well.
+        self.keep(stage, clock.done, clock, kept, now=True)
+        examined = saved = clock.seconds
+        spoken, spoken_step = -PRINT_EVERY_SECONDS, clock.done
         for step, progress in clock:
             self.store.poll()
             factor = cosine(progress, warmup=0.03)
@@ -150,7 +190,7 @@ class Recipe:
             optimizer.step()
             if self.averaged is not None:
                 self.averaged.update(self.model)
-            if clock.seconds - spoken > 10 or step == 0:
+            if clock.seconds - spoken >= PRINT_EVERY_SECONDS:
                 value = loss.item()
                 pace = (step - spoken_step) / max(clock.seconds - spoken, 1e-9)
                 spoken, spoken_step = clock.seconds, step
@@ -165,9 +205,12 @@ class Recipe:
             if clock.seconds - saved > 90:
                 self.save()
                 saved = clock.seconds
-        self.stages_done.append(
-            {"stage": stage, "steps": clock.done, "batch": batch, "seconds": clock.seconds}
-        )
+            self.keep(stage, step + 1, clock, kept)
+        self.stages_done[stage] = {
+            "steps": clock.done,
+            "batch": batch,
+            "seconds": round(clock.seconds, 1),
+        }
         self.say(f"{stage} ends after {clock.done} steps, {clock.seconds:.0f} s")
 
     def groups(self, *, only_vision: bool) -> list[dict]:
@@ -193,7 +236,7 @@ class Recipe:
 
     def loss(self, batch: int, *, only_vision: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss on fresh images, and what to print beside it."""
-        items = self.store.draw(data.SIZE, batch)
+        items = self.store.draw(data.SIZE, batch, self.draws)
         raster = self.renderer.render(items.scene)
         seen = self.model.vision(raster.image)
         pooled = self.model.model.vision_tower.post_layernorm(seen.last[:, 0])
@@ -243,7 +286,7 @@ class Recipe:
             "hardware": name,
             "torch": torch.__version__,
             "seconds": round(self.seconds, 1),
-            "stages": self.stages_done,
+            "stages": [{"stage": name, **facts} for name, facts in self.stages_done.items()],
         }
 
 

@@ -106,9 +106,12 @@ class Store:
             self.ready[size] = start + len(items.scene)
             self.chunks_left -= 1
 
-    def draw(self, size: int, count: int) -> Any:
-        """Return random rows as tensors of the device, in the named tuple of `make`."""
-        rows = torch.randint(self.ready[size], (count,), device=self._device)
+    def draw(self, size: int, count: int, generator: torch.Generator) -> Any:
+        """Return random rows as tensors of the device, in the named tuple of `make`.
+
+        Equal generators draw equal rows once the same scenes are there: at once without workers.
+        """
+        rows = torch.randint(self.ready[size], (count,), device=self._device, generator=generator)
         items = self._items[size]
         return type(items)(*(part[rows] for part in items))
 
@@ -146,7 +149,13 @@ class Mix(NamedTuple):
         )
 
 
-def compose(items: data.Items, mix: Mix, letter_rates: Tensor, direct_rates: Tensor) -> Words:
+def compose(
+    items: data.Items,
+    mix: Mix,
+    letter_rates: Tensor,
+    direct_rates: Tensor,
+    generator: torch.Generator,
+) -> Words:
     """Choose questions for each scene, more of those with a high rate, and pack them.
 
     Args:
@@ -154,6 +163,7 @@ def compose(items: data.Items, mix: Mix, letter_rates: Tensor, direct_rates: Ten
         mix: How many of each kind.
         letter_rates: Sampling weight of each category asked with options, (categories,).
         direct_rates: The same for direct questions.
+        generator: Chooses, on the items' device.
     """
     slots = [_slot(items.caption, data.CAPTION_START, items.caption_end, mix.caption_weight, None)]
     rows = torch.arange(len(items.scene), device=items.scene.device)[:, None]
@@ -162,7 +172,7 @@ def compose(items: data.Items, mix: Mix, letter_rates: Tensor, direct_rates: Ten
 
     def choose(count: int, rates: Tensor) -> Tensor:
         # Scenes with few questions have less than `count`: those chosen for nothing do not count.
-        return torch.multinomial(rates[category] * exists + 1e-6, count)
+        return torch.multinomial(rates[category] * exists + 1e-6, count, generator=generator)
 
     if mix.letters:
         picked = choose(mix.letters, letter_rates)
@@ -329,6 +339,23 @@ def _patch_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
 def _share(logits: Tensor, labels: Tensor) -> Tensor:
     right = (logits.argmax(-1) == labels) & (labels > 0)
     return right.sum() / (labels > 0).sum().clamp(min=1)
+
+
+class AskedRates(nn.Module):
+    """How often each category is asked: no parameters, but part of a training's state.
+
+    Attributes:
+        letter: Sampling weight of each category with options, (categories,).
+        direct: The same of direct questions.
+    """
+
+    letter: Tensor
+    direct: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("letter", even_rates(device))
+        self.register_buffer("direct", even_rates(device))
 
 
 def even_rates(device: torch.device) -> Tensor:

@@ -9,7 +9,8 @@
 4. `joint`: everything, the tower at a fifth of the rate; one batch in four is of 192-pixel
    images in five tiles. The averaged weights of this stage are what is saved.
 
-Categories that are answered worse are asked more often.
+Categories that are answered worse are asked more often. A training that was stopped goes on where
+it was, when it is started again with the same arguments.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from models.embedded.scenes.questions import CATEGORIES
 from models.embedded.scenes.raster_torch import Renderer
 from models.embedded.tiny_vlm import data
 from models.embedded.tiny_vlm.batches import (
+    AskedRates,
     Mix,
     Store,
     VisionHeads,
     Words,
     compose,
-    even_rates,
     jobs,
     question_room,
     vision_labels,
@@ -44,6 +45,7 @@ from models.embedded.tiny_vlm.network import PATCHES, Layout, TinyVlm, llava_con
 from models.embedded.tiny_vlm.text import BOS, EOS, PAD, write_tokenizer
 from models.embedded.training import (
     AveragedWeights,
+    Checkpoint,
     Clock,
     Curve,
     cosine,
@@ -77,6 +79,12 @@ STAGES = (
 # Of the joint stage: how often 192-pixel images come, and the weight of the vision stage's loss.
 LARGE_EVERY = 4
 VISION_LOSS_WEIGHT = 0.1
+# Counted in steps, since the answers decide what is asked from then on.
+EXAMINE_EVERY_STEPS = 300
+PRINT_EVERY_SECONDS, SAVE_EVERY_SECONDS = 10.0, 90.0
+SMOKE_BATCH = 4
+# Of the time that is allowed, for the last evaluation.
+EVALUATION_SECONDS = 30.0
 
 
 class Recipe:
@@ -102,11 +110,21 @@ class Recipe:
         workers: int,
         compiled: bool,
     ) -> None:
-        self.begun = time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = Checkpoint(
+            out,
+            {
+                "seed": seed,
+                "device": device.type,
+                "steps_scale": steps_scale,
+                "stages": [tuple(stage) for stage in STAGES],
+            },
+        )
+        # As if there had been no interruption.
+        self.begun = time.monotonic() - self.checkpoint.facts.get("seconds", 0.0)
         self.out, self.device, self.seed = out, device, seed
         self.scale, self.max_seconds = steps_scale, max_seconds
         self.small = steps_scale < 0.1
-        out.mkdir(parents=True, exist_ok=True)
         seed_everything(seed)
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -121,13 +139,14 @@ class Recipe:
         each = 3 if self.small else 64
         self.examiner = Examiner("validation", 96, each, 1, device)
         self.large_examiner = Examiner("validation", 192, max(2, each // 4), 1, device)
-        self.letter_rates, self.direct_rates = even_rates(device), even_rates(device)
+        self.rates = AskedRates(device)
+        self.draws = torch.Generator(device).manual_seed(seed + 1)
         self.start = prompt_start(device)
         self.averaged: AveragedWeights | None = None
-        self.curve = Curve(out / "curve.csv", ("loss", "shape", "character", "letter", "direct"))
-        self.last_table: dict[str, dict[str, float]] = {}
-        self.stages_done: list[dict[str, float | str]] = []
-        self.next_save = 90.0
+        columns = ("loss", "shape", "character", "letter", "direct")
+        self.curve = Curve(out / "curve.csv", columns, self.checkpoint.kept)
+        self.last_table: dict[str, dict[str, float]] = self.checkpoint.facts.get("validation", {})
+        self.next_save = self.seconds + SAVE_EVERY_SECONDS
         if compiled:
             # Attributes of the instance hide the methods of the class.
             vars(self.model).update(
@@ -137,7 +156,7 @@ class Recipe:
 
     @property
     def seconds(self) -> float:
-        """Wall time since the recipe began, seconds."""
+        """Wall time since the recipe began, without interruptions, seconds."""
         return time.monotonic() - self.begun
 
     def say(self, text: str) -> None:
@@ -154,21 +173,19 @@ class Recipe:
         self.say(f"begins with {self.store.ready} scenes, {self.store.chunks_left} chunks to come")
         shares = [stage.seconds_share for stage in STAGES]
         for number, stage in enumerate(STAGES):
-            budget = None
-            if self.max_seconds is not None:
-                left = self.max_seconds - self.seconds - 30
-                budget = max(1.0, left * shares[number] / sum(shares[number:]))
             if stage.name == "joint":
                 self.averaged = AveragedWeights(self.model, 0.998)
-            self.train(stage, budget)
+            if stage.name not in self.stages_done:
+                self.train(stage, shares[number] / sum(shares[number:]))
         assert self.averaged is not None
         self.averaged.copy_to(self.model)
         self.save()
+        self.checkpoint.remove()
         self.store.close()
         finish(self.model, self.out, self.device, self.small, self.facts())
 
-    def train(self, stage: Stage, budget: float | None) -> None:
-        """Train one stage for its steps or its seconds."""
+    def train(self, stage: Stage, share: float) -> None:
+        """Train one stage for its steps, or for its share of the seconds that are left."""
         tower = self.model.model.vision_tower
         tower.requires_grad_(stage.vision_rate_share > 0)
         groups = self.groups(stage)
@@ -177,8 +194,24 @@ class Recipe:
         )
         bases = [group["lr"] for group in groups]
         parameters = [weight for group in groups for weight in group["params"]]
-        batch = 4 if self.small else stage.batch
-        clock = Clock(max(4, round(stage.steps * self.scale)), budget)
+        batch = SMOKE_BATCH if self.small else stage.batch
+        clock = Clock(max(4, round(stage.steps * self.scale)))
+        examine_every = max(3, round(EXAMINE_EVERY_STEPS * self.scale))
+        kept: dict[str, object] = {
+            "model": self.model,
+            "heads": self.heads,
+            "optimizer": optimizer,
+            "rates": self.rates,
+            "draws": self.draws,
+        }
+        if self.averaged is not None:
+            kept["average"] = self.averaged
+        self.checkpoint.restore(stage.name, clock, kept)
+        if self.max_seconds is not None:
+            left = self.max_seconds - (self.seconds - clock.seconds) - EVALUATION_SECONDS
+            clock.max_seconds = max(1.0, left * share)
+        # The stages before are then in the file as well.
+        self.keep(stage, clock.done, clock, kept, now=True)
         layouts = (
             {}
             if stage.mix is None
@@ -187,8 +220,7 @@ class Recipe:
                 192: Layout(len(self.start) + 5 * PATCHES, stage.mix.slots, self.device),
             }
         )
-        spoken = examined = 0.0
-        spoken_step = 0
+        spoken, spoken_step = -PRINT_EVERY_SECONDS, clock.done
         for step, progress in clock:
             self.store.poll()
             factor = cosine(progress, warmup=0.04, floor=stage.final_rate_share)
@@ -209,7 +241,7 @@ class Recipe:
             optimizer.step()
             if self.averaged is not None:
                 self.averaged.update(self.model)
-            if clock.seconds - spoken > 10 or step == 0:
+            if clock.seconds - spoken >= PRINT_EVERY_SECONDS:
                 value = loss.item()
                 pace = (step - spoken_step) / max(clock.seconds - spoken, 1e-9)
                 spoken, spoken_step = clock.seconds, step
@@ -229,18 +261,30 @@ class Recipe:
                 else:
                     self.curve.add(stage.name, step, self.seconds, loss=value)
                 self.say(text)
-            if stage.mix is not None and clock.seconds - examined > 20:
+            if stage.mix is not None and (step + 1) % examine_every == 0:
                 self.examine(stage.name, step)
-                examined = clock.seconds
             if self.seconds > self.next_save:
                 self.save()
-                self.next_save = self.seconds + 90
-        if stage.mix is not None and clock.seconds - examined > 5:
+                self.next_save = self.seconds + SAVE_EVERY_SECONDS
+            self.keep(stage, step + 1, clock, kept)
+        if stage.mix is not None and clock.done % examine_every:
             self.examine(stage.name, clock.done)
-        self.stages_done.append(
-            {"stage": stage.name, "steps": clock.done, "batch": batch, "seconds": clock.seconds}
-        )
+        self.stages_done[stage.name] = {
+            "steps": clock.done,
+            "batch": batch,
+            "seconds": round(clock.seconds, 1),
+        }
         self.say(f"{stage.name} ends after {clock.done} steps, {clock.seconds:.0f} s")
+
+    @property
+    def stages_done(self) -> dict[str, dict[str, float]]:
+        """What is known about each stage that is over."""
+        return self.checkpoint.facts.setdefault("stages", {})
+
+    def keep(self, stage: Stage, done: int, clock: Clock, kept: dict, *, now: bool = False) -> None:
+        """Write what is needed to go on, now and then or `now`."""
+        self.checkpoint.facts |= {"seconds": self.seconds, "validation": self.last_table}
+        self.checkpoint.save(stage.name, done, clock, kept, now=now)
 
     def groups(self, stage: Stage) -> list[dict]:
         """Return the parameters of a stage with their rates; norms and biases do not decay."""
@@ -262,7 +306,7 @@ class Recipe:
 
     def vision_loss(self, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of the vision stage on fresh images."""
-        items = self.store.draw(96, batch)
+        items = self.store.draw(96, batch, self.draws)
         raster = self.renderers[96].render(items.scene)
         seen = self.model.vision(raster.image)
         pooled = self.model.model.vision_tower.post_layernorm(seen.last[:, 0])
@@ -271,7 +315,7 @@ class Recipe:
     def words_loss(self, stage: Stage, size: int, batch: int, layout: Layout) -> Tensor:
         """Return the loss of captions and answers behind fresh images."""
         assert stage.mix is not None
-        items = self.store.draw(size, batch)
+        items = self.store.draw(size, batch, self.draws)
         raster = self.renderers[size].render(items.scene)
         loss = torch.zeros((), device=self.device)
         if stage.vision_rate_share and size == 96:
@@ -282,7 +326,7 @@ class Recipe:
             visual = self.model.project(seen.features)
         else:
             visual = visual_embeddings(self.model, raster.image)
-        words = compose(items, stage.mix, self.letter_rates, self.direct_rates)
+        words = compose(items, stage.mix, self.rates.letter, self.rates.direct, self.draws)
         logits = self.model.logits(visual, self.start, words.tokens, layout)
         return loss + words_entropy(logits, words)
 
@@ -301,7 +345,7 @@ class Recipe:
         self.curve.add(
             stage, step, self.seconds, letter=table["letter"]["all"], direct=table["direct"]["all"]
         )
-        for rates, kind in ((self.letter_rates, "letter"), (self.direct_rates, "direct")):
+        for rates, kind in ((self.rates.letter, "letter"), (self.rates.direct, "direct")):
             wrong = [1 - table[kind][name] for name in CATEGORIES]
             rates.copy_(torch.tensor(wrong).clamp(min=0.0) + 0.1)
 
@@ -323,7 +367,7 @@ class Recipe:
             "hardware": name,
             "torch": torch.__version__,
             "seconds": round(self.seconds, 1),
-            "stages": self.stages_done,
+            "stages": [{"stage": name, **facts} for name, facts in self.stages_done.items()],
         }
 
 
