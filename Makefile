@@ -15,7 +15,7 @@ LOG := $(VENV)/install.log
 .PHONY: bench test check format sandbox clean
 
 bench: $(BENCH_STAMP) sandbox
-	@$(BIN)/python run.py fetch smollm2-135m minilm-l6
+	@$(BIN)/python run.py fetch --suite $(SUITE)
 	@$(BIN)/python run.py run --suite $(SUITE)
 
 test: $(DEV_STAMP)

@@ -433,7 +433,10 @@ def score(
 
 @app.command()
 def fetch(
-    names: Annotated[list[str], typer.Argument(metavar="MODEL|TASK…")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL|TASK]…")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="All models and tasks of a suite, by name or path.")
+    ] = None,
     offline: Offline = False,
     plugin: Plugins = None,
 ) -> None:
@@ -442,10 +445,16 @@ def fetch(
     from models.loading import LoadSettings, ModelError
     from models.loading import fetch as fetch_model
     from runner.settings import build, parse_spec, unknown
+    from runner.suites import load_suite
 
     known = registry(plugin)
     models, tasks = known.entries("model"), known.entries("task")
-    specs = [parse_spec(text) for text in names]
+    wanted = dict.fromkeys(names or ())
+    if suite is not None:
+        wanted |= dict.fromkeys(load_suite(suite, known).needs())
+    if not wanted:
+        raise UsageError("name a model or a task, or a suite with --suite.")
+    specs = [parse_spec(text) for text in wanted]
     for spec in specs:
         is_outside = spec.name.startswith(("hf:", "path:"))
         if spec.name not in models and spec.name not in tasks and not is_outside:
@@ -548,8 +557,10 @@ def measure(request: Request) -> None:
 
     made = make_plan(request)
     if not made.cells:
-        for skipped in made.skipped:
-            typer.echo(plain("skipped {method} on {task} with {model}: {reason}".format(**skipped)))
+        reasons = [
+            "{method} on {task} with {model}: {reason}".format(**each) for each in made.skipped
+        ]
+        raise UsageError("\n".join(["nothing of this can be measured:", *reasons]))
     with store_errors(1):
         with progress(console()) as listener:
             outcome = execute(made, listener)
@@ -783,12 +794,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain("UsageError", str(error), 2)
     except typer.TyperException as error:
         kind = "UsageError" if error.exit_code == 2 else "Error"
-        return complain(kind, error.format_message(), error.exit_code)
+        return complain(kind, explained(error), error.exit_code)
     except typer.Abort:
         return complain("Stopped", "nothing was being measured.", 1)
     if code == CTRL_C:
         return complain("Stopped", "nothing was being measured.", 1)
     return code if isinstance(code, int) else 0
+
+
+def explained(error: typer.TyperException) -> str:
+    """Return what was wrong; of an argument that is missing also what it may be."""
+    message = error.format_message()
+    allowed = getattr(getattr(error, "param", None), "help", None)
+    return f"{message} It is: {allowed}" if allowed and message.startswith("Missing") else message
 
 
 def complain(kind: str, message: str, code: int) -> int:

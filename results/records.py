@@ -115,9 +115,10 @@ class CellRecord:
         audit: What `run --audit` found: {"result": "passed" or "failed", "checks": [{"check", "ok",
             "detail"}, …]}; None if the cell was not audited.
         seconds: Where time went: the cell's own "measured" calls and "apply"; the experiment's
-            "loading", "calibrating", "warming up", "measuring" and "scoring"; its "wall" time, and
-            the "harness", what warm-up and measuring took beyond the calls themselves. They
-            overlap. Of the last attempt, where the experiment was interrupted.
+            "loading", "calibrating", "warming up", "measuring", "scoring" and "certifying"; its
+            "wall" time, and the "harness", what warm-up and measuring took beyond "measured" and
+            "apply" of all cells. They overlap. Of the last attempt, where the experiment was
+            interrupted.
     """
 
     cell_id: str
@@ -150,6 +151,8 @@ class SampleRecord:
         device_seconds: CUDA events; None on a CPU.
         cpu_seconds: Process CPU time, all threads.
         prefill_seconds: Wall time to the end of the prefill; None if the method does not say.
+        tokenized_seconds: Wall time until the texts of an encoder were tokens; the rest of
+            `seconds` is encoding. None if the method does not say.
         output_tokens: Length of `output_ids`.
         decode_tokens: Output tokens that came after the prefill's own; those that
             tokens_per_forward counts.
@@ -160,6 +163,9 @@ class SampleRecord:
             the process held before the call included.
         output: Text, or path of a file below the shard.
         output_digest: SHA-256 of the ids and the text.
+        evidence_kept: Share of the evidence that the task marked in the prompt which the steps of
+            decoding could attend to, in the mean over steps, layers and heads; None where nothing
+            was marked or the model's own attention ran.
     """
 
     cell_id: str
@@ -184,6 +190,8 @@ class SampleRecord:
     output_digest: str
     output: str
     output_ids: list[int]
+    tokenized_seconds: float | None = None
+    evidence_kept: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Final
 
 # Raised whenever tables change or the same samples would give other numbers; older indexes are
 # then rebuilt from the shards.
-INDEX_VERSION: Final = 4
+INDEX_VERSION: Final = 5
 
 TABLES: Final[dict[str, dict[str, str]]] = {
     "index_info": {"version": "BIGINT"},
@@ -96,6 +96,8 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "decode_tokens": "BIGINT",
         "forward_tokens": "BIGINT",
         "bound_seconds": "DOUBLE",
+        "tokenized_seconds": "DOUBLE",
+        "evidence_kept": "DOUBLE",  # share of the marked evidence that decoding could attend to
     },
     "scores": {
         "experiment_id": "VARCHAR",
@@ -299,6 +301,25 @@ LEFT JOIN (
 ) d ON d.experiment_id = c.experiment_id AND d.cell_id = c.cell_id
 """
 
+# Items on which the oracle of the same experiment kept more of the marked evidence, and scored
+# more: of several oracles, the one with the smallest budget that did.
+DROPPED_EVIDENCE: Final = """
+CREATE VIEW dropped_evidence AS
+SELECT
+    s.experiment_id, s.cell_id, c.method, c.spec, s.item_id, s.repeat,
+    s.evidence_kept, s.score,
+    min((o.params ->> 'budget')::BIGINT) AS oracle_budget,
+    arg_min(k.evidence_kept, (o.params ->> 'budget')::BIGINT) AS oracle_evidence_kept,
+    arg_min(k.score, (o.params ->> 'budget')::BIGINT) AS oracle_score
+FROM samples s
+JOIN cells c USING (experiment_id, cell_id)
+JOIN cells o ON o.experiment_id = s.experiment_id AND o.method = 'oracle-top-k'
+JOIN samples k ON k.experiment_id = o.experiment_id AND k.cell_id = o.cell_id
+    AND k.item_id = s.item_id AND k.repeat = s.repeat
+WHERE k.evidence_kept > s.evidence_kept AND k.score > s.score
+GROUP BY ALL
+"""
+
 
 def statements() -> list[str]:
     """Return the SQL that creates an empty index."""
@@ -306,4 +327,5 @@ def statements() -> list[str]:
         f"CREATE TABLE {table} ({', '.join(f'{name} {kind}' for name, kind in columns.items())})"
         for table, columns in TABLES.items()
     ]
-    return [*tables, f"INSERT INTO index_info VALUES ({INDEX_VERSION})", COMPARISON]
+    version = f"INSERT INTO index_info VALUES ({INDEX_VERSION})"
+    return [*tables, version, COMPARISON, DROPPED_EVIDENCE]

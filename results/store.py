@@ -461,6 +461,14 @@ class Store:
                 "and measure again."
             ) from error
         expected = arrow_schema(kind)
+        # What was added to the records later is empty in older shards.
+        added = [
+            field for field in dataclasses.fields(_LINE_CLASSES[kind]) if field.default is None
+        ]
+        for field in added:
+            if field.name not in table.schema.names:
+                column = expected.field(field.name)
+                table = table.append_column(column, pa.nulls(len(table), column.type))
         if not table.schema.equals(expected):
             raise StoreError(
                 f"{path}: has the columns {table.schema.names}, expected {expected.names}: it was "

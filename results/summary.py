@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +66,16 @@ class _Cell:
         """Return the sum over all samples, None if one of them lacks the value."""
         values = self.numbers[column][self.measured]
         return None if not values.size or np.isnan(values).any() else float(values.sum())
+
+    def on(self, items: NDArray[np.bool_]) -> _Cell:
+        """Return the cell as if it had run only some items, (items,), without corpus metrics."""
+        return _Cell(
+            numbers={name: values[items] for name, values in self.numbers.items()},
+            digests=self.digests[items],
+            scores={name: values[items] for name, values in self.scores.items()},
+            unscored={},
+            corpus={},
+        )
 
     @property
     def measured(self) -> NDArray[np.bool_]:
@@ -144,7 +154,9 @@ def paired_totals(
     if not paired.any():
         return {}
     per_sample = experiment.facts.get("output_unit", "token") != "token"
-    return {cell_id: _totals(found[cell_id], paired, "seconds", per_sample) for cell_id in cell_ids}
+    return {
+        cell_id: _totals(found[cell_id].on(paired), "seconds", per_sample) for cell_id in cell_ids
+    }
 
 
 def _by_cell(
@@ -258,20 +270,24 @@ def _harness_share(cell: CellRecord) -> float | None:
 def _compared_numbers(
     experiment: ExperimentRecord, cell: _Cell, baseline: _Cell, *, is_baseline: bool
 ) -> dict[str, Any]:
-    """Return the ratios of a cell to its baseline; the baseline's own are 1, without verdict."""
+    """Return the ratios of a cell to its baseline over the items that both measured.
+
+    The baseline's own are 1, without verdict.
+    """
     paired = cell.measured_items & baseline.measured_items
     if not paired.any():
         return {}
+    cell, baseline = cell.on(paired), baseline.on(paired)
     per_sample = experiment.facts.get("output_unit", "token") != "token"
-    totals = _totals(cell, paired, "seconds", per_sample)
-    baseline_totals = _totals(baseline, paired, "seconds", per_sample)
+    totals = _totals(cell, "seconds", per_sample)
+    baseline_totals = _totals(baseline, "seconds", per_sample)
     estimate = statistics.speed_up(baseline_totals, totals)
-    bound = _speed_bound(experiment, cell, baseline, paired, per_sample)
+    bound = _speed_bound(experiment, cell, baseline, per_sample)
     device = None
     if cell.total("device_seconds") is not None and baseline.total("device_seconds") is not None:
         device = statistics.speed_up(
-            _totals(baseline, paired, "device_seconds", per_sample),
-            _totals(cell, paired, "device_seconds", per_sample),
+            _totals(baseline, "device_seconds", per_sample),
+            _totals(cell, "device_seconds", per_sample),
         ).value
     row: dict[str, Any] = {
         "baseline_tokens": _integer(baseline.total("output_tokens")),
@@ -281,9 +297,9 @@ def _compared_numbers(
         "speedup_bound": bound,
         "bound_ratio": _ratio(_number(estimate.value), bound),
         "step_cost_ratio": _ratio(_seconds_per_forward(cell), _seconds_per_forward(baseline)),
-        "work_ratio": _ratio(_per_token(cell, "flops"), _per_token(baseline, "flops")),
+        "work_ratio": _ratio(_work(cell, per_sample), _work(baseline, per_sample)),
         "memory_ratio": _ratio(_peak(cell), _peak(baseline)),
-        **_phases(experiment, cell, baseline, paired, is_baseline=is_baseline),
+        **_phases(experiment, cell, baseline, is_baseline=is_baseline),
     }
     if not is_baseline:
         row |= {
@@ -299,18 +315,17 @@ def _compared_numbers(
     return row
 
 
-def _totals(cell: _Cell, paired: NDArray[np.bool_], clock: str, per_sample: bool) -> ItemTotals:
+def _totals(cell: _Cell, clock: str, per_sample: bool) -> ItemTotals:
     units = cell.numbers["output_tokens"]
     if per_sample:
         units = np.where(cell.measured, 1.0, np.nan)
-    return statistics.combine_repeats(cell.numbers[clock][paired], units[paired])
+    return statistics.combine_repeats(cell.numbers[clock], units)
 
 
 def _phases(
     experiment: ExperimentRecord,
     cell: _Cell,
     baseline: _Cell,
-    paired: NDArray[np.bool_],
     *,
     is_baseline: bool,
 ) -> dict[str, Any]:
@@ -321,14 +336,14 @@ def _phases(
     """
     prefills, decodes = [], []
     for side in (baseline, cell):
-        prefill = side.numbers["prefill_seconds"][paired]
-        if np.isnan(prefill[side.measured[paired]]).any():
+        prefill = side.numbers["prefill_seconds"]
+        if np.isnan(prefill[side.measured]).any():
             return {}
-        texts = np.where(side.measured[paired], 1.0, np.nan)
+        texts = np.where(side.measured, 1.0, np.nan)
         prefills.append(statistics.combine_repeats(prefill, texts))
         decodes.append(
             statistics.combine_repeats(
-                side.numbers["seconds"][paired] - prefill, side.numbers["decode_tokens"][paired]
+                side.numbers["seconds"] - prefill, side.numbers["decode_tokens"]
             )
         )
     # `speed_up` takes what stands above the line first.
@@ -336,8 +351,8 @@ def _phases(
     decode = statistics.speed_up(decodes[0], decodes[1])
     bounds = [
         _ratio(
-            float(side.numbers["bound_seconds"][paired, 0].sum()),
-            float(side.numbers["decode_tokens"][paired, 0].sum()),
+            float(side.numbers["bound_seconds"][:, 0].sum()),
+            float(side.numbers["decode_tokens"][:, 0].sum()),
         )
         for side in (baseline, cell)
     ]
@@ -364,7 +379,6 @@ def _speed_bound(
     experiment: ExperimentRecord,
     cell: _Cell,
     baseline: _Cell,
-    paired: NDArray[np.bool_],
     per_sample: bool,
 ) -> float | None:
     """Return the largest speed-up that the counted forwards allow at their measured cost.
@@ -374,19 +388,19 @@ def _speed_bound(
     what it took the baseline: beside a measured prefill, bytes at the full bandwidth would weigh
     too little, and the ratio would bound nothing.
     """
-    prefill = baseline.numbers["prefill_seconds"][paired]
+    prefill = baseline.numbers["prefill_seconds"]
     if np.isnan(prefill).all(axis=1).any():
         return None
     shared = np.nanmedian(prefill, axis=1)
     pace = 1.0
     if experiment.facts.get("bound_by") == "bytes":
-        decode = np.nanmedian(baseline.numbers["seconds"][paired], axis=1) - shared
-        reading = baseline.numbers["bound_seconds"][paired, 0].sum()
+        decode = np.nanmedian(baseline.numbers["seconds"], axis=1) - shared
+        reading = baseline.numbers["bound_seconds"][:, 0].sum()
         pace = float(decode.sum() / reading) if reading else math.nan
     rates = []
     for side in (baseline, cell):
-        cost = shared + pace * side.numbers["bound_seconds"][paired, 0]
-        units = np.ones(len(cost)) if per_sample else side.numbers["output_tokens"][paired, 0]
+        cost = shared + pace * side.numbers["bound_seconds"][:, 0]
+        units = np.ones(len(cost)) if per_sample else side.numbers["output_tokens"][:, 0]
         if np.isnan(cost).any() or np.isnan(units).any() or not units.sum():
             return None
         rates.append(float(cost.sum() / units.sum()))
@@ -429,7 +443,7 @@ class _Quality:
             row |= {"value": own.value, "low": own.low, "high": own.high}
         if baseline is None:
             return row
-        reference = self._value(baseline)
+        reference = self._value(self._shared(cell, baseline))
         row["baseline_value"] = None if reference is None else reference.value
         difference = self._difference(cell, baseline)
         if difference is None:
@@ -457,6 +471,12 @@ class _Quality:
             row["verdict"] = verdict
         return row
 
+    def _shared(self, cell: _Cell, baseline: _Cell) -> _Cell:
+        """Return the baseline without its scores of items that the cell did not run."""
+        name = self.metric.name
+        scores = np.where(cell.measured_items, baseline.scores[name], np.nan)
+        return replace(baseline, scores={**baseline.scores, name: scores})
+
     def _lost_answers(self, cell: _Cell, baseline: _Cell) -> bool:
         """Return whether items that the baseline answered are without a score here.
 
@@ -465,7 +485,8 @@ class _Quality:
         name = self.metric.name
         if self.metric.kind == "corpus":
             return cell.unscored[name] > baseline.unscored[name]
-        return bool((np.isnan(cell.scores[name]) & ~np.isnan(baseline.scores[name])).any())
+        answered = ~np.isnan(self._shared(cell, baseline).scores[name])
+        return bool((np.isnan(cell.scores[name]) & answered).any())
 
     def _value(self, cell: _Cell) -> Estimate | None:
         if self.metric.kind == "corpus":
@@ -526,8 +547,10 @@ def _seconds_per_forward(cell: _Cell) -> float | None:
     return _ratio(cell.total("bound_seconds"), cell.total("target_forwards"))
 
 
-def _per_token(cell: _Cell, column: str) -> float | None:
-    return _ratio(cell.total(column), cell.total("output_tokens"))
+def _work(cell: _Cell, per_sample: bool) -> float | None:
+    """Return the operations of a token, or of a sample where outputs are no tokens."""
+    units = float(cell.measured.sum()) if per_sample else cell.total("output_tokens")
+    return _ratio(cell.total("flops"), units)
 
 
 def _peak(cell: _Cell) -> float | None:

@@ -293,6 +293,7 @@ def _table(group: list[Row]) -> Table:
         "tokens/forward": lambda row: text.ratio(row["tokens_per_forward"]),
         "tokens/s": lambda row: text.number(row["tokens_per_second"]),
         "s/item": lambda row: text.number(row["seconds_per_item"]),
+        **({"items": lambda row: str(row["items"] or "")} if _fewer(rows) else {}),
         str(first["metric"] or "quality"): _quality,
         "output": lambda row: row["output_check"] or "",
         "vs baseline": _quality_delta,
@@ -374,6 +375,13 @@ def _score(row: Row, name: str) -> str:
     return text.score(row[name], is_fraction=row["quality_unit"] == "fraction")
 
 
+def _fewer(rows: Sequence[Row]) -> str:
+    """Say how methods with fewer items than others are compared; "" where all have the same."""
+    if len({row["items"] for row in rows if row["status"] == "ok"}) < 2:
+        return ""
+    return " (ratios and differences over those shared with the baseline)"
+
+
 def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
     """Return what a reader must know to judge the numbers, and why cells failed."""
     first = rows[0]
@@ -383,8 +391,8 @@ def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
     margins = _spread(text.percent(row["margin"]) for row in rows)
     quality_margins = _spread(_score(row, "quality_margin") for row in rows)
     notes = [
-        f"{items or 'no'} items, {repeats or 'no'} repeats, seed {first['seed']}; scale "
-        f"{first['scale']}; margin {margins} of speed, {quality_margins} of quality.",
+        f"{items or 'no'} items{_fewer(rows)}, {repeats or 'no'} repeats, seed {first['seed']}; "
+        f"scale {first['scale']}; margin {margins} of speed, {quality_margins} of quality.",
         f"Smallest difference that would have been seen (80% power): {_smallest(measured)}.",
         "Intervals are 95%; FASTER, SLOWER, BETTER and WORSE hold at 99%. Bound: the largest "
         "speed-up that the method's own counts allow here.",

@@ -73,7 +73,8 @@ class Explanation:
         speedup, speedup_low, speedup_high: As published.
         decode_speedup: Of the decoding alone.
         tokens_per_forward: Method over baseline.
-        step_cost_ratio: Mean cost of a forward at lat(N), method over baseline.
+        step_cost_ratio: Mean cost of a forward, method over baseline: at lat(N), or that of reading
+            its bytes where `is_bound_by_bytes`.
         overhead_ratio: Decode time over the cost of its forwards, method over baseline: what
             drafting, acceptance and bookkeeping add.
         draft_share: Share of the method's decode time that its forwards would not take if they ran
@@ -84,6 +85,7 @@ class Explanation:
         kv_token_bytes, weight_bytes, matrix_parameters, dtype: Of the model, for projections; None
             where the experiment does not tell.
         step_cost: The measured lat(N), as recorded.
+        is_bound_by_bytes: Whether forwards are charged by the bytes that they read, not by lat(N).
     """
 
     method: str
@@ -109,6 +111,7 @@ class Explanation:
     matrix_parameters: float | None
     dtype: str
     step_cost: dict[str, Any] | None
+    is_bound_by_bytes: bool
 
     def prompt_tokens(self) -> Floats | None:
         """Return the prompt's length of each item, (items,); None if no cache was counted.
@@ -221,6 +224,7 @@ def explain(
         matrix_parameters=facts.get("matrix_parameters"),
         dtype=str(facts.get("dtype") or ""),
         step_cost=json.loads(row["step_cost"]) if row["step_cost"] else None,
+        is_bound_by_bytes=facts.get("bound_by") == "bytes",
     )
 
 

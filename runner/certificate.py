@@ -116,7 +116,8 @@ def difference(
         question: What was to be continued; None where nothing was, and no tie can be told.
         baseline, method: Their tokens.
     """
-    if question is not None and baseline and method:
+    # A model without sessions cannot be asked for the logits behind a text.
+    if question is not None and baseline and method and isinstance(model, TextGenerator):
         return divergence(model, question.prompt_ids, baseline, method)
     return {
         "position": 0,

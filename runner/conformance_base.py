@@ -21,6 +21,9 @@ from methods.base import Method
 from methods.cards import CardError, load_card
 from models.base import Unsupported
 
+# Largest weight of a matrix, as a multiple of 1/1024: large enough for decided logits.
+_LARGEST_WEIGHT = 400
+
 PROFILE = Profile(name="conformance", kind="cpu", label="No particular device")
 
 
@@ -117,6 +120,9 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 def snapshot(model: Any) -> dict[str, Any]:
     """Return what a method must leave as it was, in a form that can be compared."""
+    module = getattr(model, "module", None)
+    # First, because what it imports sets environment variables.
+    inside = _snapshot_module(module) if isinstance(module, torch.nn.Module) else {}
     things: dict[str, Any] = {
         "gradient mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
@@ -134,10 +140,7 @@ def snapshot(model: Any) -> dict[str, Any]:
         "methods of the model": _callables(model),
         "facts of the model": model.facts,
     }
-    module = getattr(model, "module", None)
-    if isinstance(module, torch.nn.Module):
-        things |= _snapshot_module(module)
-    return things
+    return things | inside
 
 
 def _snapshot_module(module: Any) -> dict[str, Any]:
@@ -212,3 +215,14 @@ def random_llama(*, vocab_size: int, layers: int, positions: int = 128) -> Any:
                 if parameter.ndim > 1:
                     parameter.mul_(6)  # else all logits are nearly equal
     return module
+
+
+def fill_exactly(module: Any) -> None:
+    """Turn a module to float64 and fill its matrices with numbers that are exact everywhere."""
+    module.double()
+    draw = np.random.default_rng(0)  # whole numbers of PCG64 are the same on every machine
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                whole = draw.integers(-_LARGEST_WEIGHT, _LARGEST_WEIGHT + 1, parameter.shape)
+                parameter.copy_(torch.from_numpy(whole / 1024))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from methods.base import Method, Output
-from models.base import TextEncoder, TokenizedLM
+from models.base import Decoding, MaskedDiffusionLM, TextEncoder, TokenizedLM, VisualPrompt
 from models.tokenization import HubTokenizer
 from runner.conformance_base import (
     PROFILE,
@@ -17,10 +18,12 @@ from runner.conformance_base import (
     Broken,
     OnPurpose,
     compare,
+    fill_exactly,
     fresh,
     random_llama,
     snapshot,
 )
+from runner.conformance_vision import picture, tiny_vision
 
 TEXTS = (
     "the cat sat on the mat",
@@ -92,6 +95,74 @@ def _score(model: Any, text: str) -> Found:
     return Found((tuple(found.token_ids), tuple(found.bits)), work)
 
 
+def tiny_masked_diffusion() -> MaskedDiffusionLM:
+    """Return a masked-diffusion model of two layers that reads bytes.
+
+    How many forwards it takes depends on its weights, so these are exact.
+    """
+    from models.masked_diffusion import MaskedDiffusionModel
+    from models.masked_diffusion_network import Network, NetworkConfig
+
+    tokenizer = _byte_tokenizer()
+    config = NetworkConfig(
+        width=32,
+        num_heads=4,
+        num_kv_heads=2,
+        num_layers=2,
+        inner_width=64,
+        vocab_size=len(tokenizer) + 1,
+        rope_theta=10000.0,
+        norm_epsilon=1e-5,
+        max_positions=512,
+        mask_id=len(tokenizer),
+        eos_ids=frozenset({0}),
+        has_qkv_bias=False,
+        is_tied=False,
+        is_shifted=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        network = Network(config)
+    fill_exactly(network)
+    network.requires_grad_(False)
+    network.head.weight.mul_(3)  # else it is sure of nothing
+    return MaskedDiffusionModel(
+        network.eval(), HubTokenizer(tokenizer), "tiny-random-masked-diffusion"
+    )
+
+
+def _fill_in(model: Any, text: str) -> Found:
+    # More than one block of most methods, so that caches are used and refreshed.
+    decoding = Decoding(max_new_tokens=40, ignore_eos=True)
+    found = model.generate(model.tokenizer.encode(text), decoding)
+    trace = found.trace
+    work = {
+        "output_tokens": len(found.token_ids),
+        "forwards": len(trace.forwards),
+        "forward_tokens": sum(forward.width for forward in trace.forwards),
+        "flops": int(trace.flops),
+        "kv_bytes": trace.kv_bytes,
+    }
+    return Found(found.token_ids, work)
+
+
+def _answer(model: Any, text: str) -> Found:
+    # A wide picture, so that a model that tiles images has crops and separators.
+    prompt = VisualPrompt(image=picture(text, 24, 48), text=text, options=("A", "B"))
+    found = model.answer(prompt, Decoding(max_new_tokens=8, ignore_eos=True))
+    counts = found.work
+    work = {
+        "visual_tokens": counts.visual_tokens,
+        "kept_tokens": counts.kept_tokens,
+        "layer_tokens": sum(counts.layer_tokens),
+        "encoder_flops": int(counts.encoder_flops),
+        "projector_flops": int(counts.projector_flops),
+        "selector_flops": int(counts.selector_flops),
+        "prefill_flops": int(counts.prefill_flops),
+        "decode_flops": int(counts.decode_flops),
+    }
+    return Found((found.token_ids, found.option_log_probabilities), work)
+
+
 CALLS: Mapping[str, Calls] = {
     "TextEncoder": Calls(
         model=tiny_encoder,
@@ -99,6 +170,8 @@ CALLS: Mapping[str, Calls] = {
         together=lambda model, texts: model.encode(texts).vectors,
     ),
     "TokenizedLM": Calls(model=tiny_tokenized, call=_score),
+    "VisionLanguageModel": Calls(model=tiny_vision, call=_answer),
+    "MaskedDiffusionLM": Calls(model=tiny_masked_diffusion, call=_fill_in),
 }
 
 
@@ -222,6 +295,12 @@ class CallBattery(Battery):
 
 def _tiny_model() -> tuple[Any, Any]:
     """Return a random causal language model over bytes, and its tokenizer."""
+    tokenizer = _byte_tokenizer()
+    return random_llama(vocab_size=len(tokenizer), layers=4, positions=512), tokenizer
+
+
+def _byte_tokenizer() -> Any:
+    """Return a tokenizer of bytes whose token 0 ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -230,5 +309,4 @@ def _tiny_model() -> tuple[Any, Any]:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    module = random_llama(vocab_size=len(vocabulary), layers=4, positions=512)
-    return module, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")

@@ -71,6 +71,14 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
         )
         names = [column[0] for column in found.description]
         rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+        dropped = connection.execute(
+            "SELECT * EXCLUDE (experiment_id, cell_id, method, spec) FROM dropped_evidence "
+            "WHERE starts_with(cell_id, $id) AND experiment_id = $experiment "
+            "ORDER BY item_id, repeat",
+            {"id": cell_id, "experiment": rows[0]["experiment_id"] if rows else ""},
+        )
+        columns = [column[0] for column in dropped.description]
+        evidence = [dict(zip(columns, row, strict=True)) for row in dropped.fetchall()]
     cells = {row["cell_id"]: row["method"] for row in reversed(rows)}
     if len(cells) != 1:
         listed = ", ".join(f"{each[:12]} ({method})" for each, method in list(cells.items())[:5])
@@ -90,6 +98,9 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
     sections += [_facts(title, facts) for title, facts in parts.items() if facts]
     if divergences:
         sections.append(Section("Divergences", [_row(each) for each in divergences]))
+    if evidence:
+        title = "Evidence that the oracle kept and this did not"
+        sections.append(Section(title, [_row(each) for each in evidence]))
     if audit:
         sections.append(Section("Audit", [_row(each) for each in audit["checks"]]))
     if log:

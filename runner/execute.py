@@ -123,7 +123,7 @@ class _Supervisor:
 
     def run(self) -> None:
         spec = self.spec
-        self._say(kind="experiment", total=len(spec.items) * spec.repeats * len(spec.cells))
+        self._say(kind="experiment", total=spec.num_samples)
         folder = self.store.path / "specs"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{spec.experiment_id}.json"

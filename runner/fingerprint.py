@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hardware.profile import Profile, StepCost
@@ -24,6 +23,7 @@ from methods.base import Method
 from models.base import Decoding, TextGenerator, Unsupported
 from models.text import CausalLM
 from runner.conformance import tiny_text_model
+from runner.conformance_base import fill_exactly
 from runner.conformance_calls import CALLS, TEXTS, Calls
 from runner.registry import ROOT, Registry
 from runner.request import UsageError
@@ -50,9 +50,6 @@ _PROMPTS: Sequence[Sequence[int]] = (
     (3, 41, 17, 8, 29, 60, 2, 33, 51, 12),
     (11,),
 )
-# Largest weight of a matrix, as a multiple of 1/1024: large enough for decided logits.
-_LARGEST_WEIGHT = 400
-
 Counts = dict[str, int | str]
 Fingerprint = dict[str, Counts]
 """What a method did, by model and kind of decoding: `llama greedy`."""
@@ -191,7 +188,7 @@ def tiny_models() -> dict[str, CausalLM]:
     with torch.random.fork_rng(devices=[]):
         modules = {"llama": LlamaForCausalLM(llama), "gpt2": GPT2LMHeadModel(gpt2)}
     for module in modules.values():
-        _fill_exactly(module)
+        fill_exactly(module)
     return {
         name: CausalLM(module, tokenizer, f"tiny-{name}", kernels="transformers")
         for name, module in modules.items()
@@ -199,21 +196,13 @@ def tiny_models() -> dict[str, CausalLM]:
 
 
 def _calls(method: Method[Any], calls: Calls) -> Fingerprint:
-    """Return the work of a method whose calls are functions of a text; weights do not change it."""
+    """Return the work of a method whose calls are functions of a text.
+
+    Weights do not change it, or they are the same on every machine.
+    """
     with method.apply(calls.model(), PROFILE) as changed:
         counted = [calls.call(changed, text).work for text in TEXTS]
     return {"texts": {quantity: sum(each[quantity] for each in counted) for quantity in counted[0]}}
-
-
-def _fill_exactly(module: Any) -> None:
-    """Turn a module to float64 and fill its matrices with numbers that are exact everywhere."""
-    module.double()
-    draw = np.random.default_rng(0)  # whole numbers of PCG64 are the same on every machine
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                whole = draw.integers(-_LARGEST_WEIGHT, _LARGEST_WEIGHT + 1, parameter.shape)
-                parameter.copy_(torch.from_numpy(whole / 1024))
 
 
 def _work(

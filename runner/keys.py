@@ -33,12 +33,15 @@ def file_digest(paths: Iterable[Path]) -> str:
 
 
 def method_source(source: Path | None) -> str:
-    """Return a hash of a method's file and of the shared code beside it; "" for a package's own."""
+    """Return a hash of a method's file and of what it stands on; "" for a package's own."""
     if source is None or source.suffix != ".py":
         return ""
-    # A method in the tree stands on its family's common modules; a plug-in stands alone.
-    beside = source.parent.glob("common*.py") if source.is_relative_to(ROOT / "methods") else []
-    return file_digest({source, *beside})
+    # A method in the tree stands on its family's common modules and on what was learned for them; a
+    # plug-in stands alone.
+    patterns = ["common*.py", "data/*.json", "data/*.safetensors"]
+    if not source.is_relative_to(ROOT / "methods"):
+        patterns = []
+    return file_digest({source, *(path for each in patterns for path in source.parent.glob(each))})
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -26,7 +26,8 @@ from models.loading import (
     weights_hash,
 )
 from results.store import Store
-from runner.capabilities import CONVENTIONS
+from runner.capabilities import CONVENTIONS, taken_as
+from runner.corpus import corpus_metrics
 from runner.keys import PROTOCOL_VERSION, digest, method_source, shared_source, versions
 from runner.registry import Registry
 from runner.request import Request, UsageError
@@ -83,7 +84,7 @@ class Plan:
                 seconds = known.get((cell.name, task, model))
                 if seconds is None:
                     return None
-                total += sum(seconds) / len(seconds) * len(spec.items) * spec.repeats
+                total += sum(seconds) / len(seconds) * cell.num_items * spec.repeats
         return total
 
     def describe(self) -> list[dict[str, str]]:
@@ -93,7 +94,7 @@ class Plan:
                 "method": cell.method,
                 "task": spec.task,
                 "model": spec.model,
-                "items": str(len(spec.items)),
+                "items": str(cell.num_items),
                 "repeats": str(spec.repeats),
                 "what": "baseline, measured with the others" if index == 0 else "measured",
             }
@@ -130,7 +131,9 @@ def make_plan(request: Request) -> Plan:
     for task_text in request.tasks:
         spec = parse_spec(task_text)
         task = build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")
-        methods = _methods(request.methods_of(task_text), registry)
+        methods = _methods(
+            request.methods_of(task_text), request.method_limits.get(task_text, {}), registry
+        )
         for model_text in request.models_of(task_text):
             _plan_experiment(
                 plan, registry, profile, store, finished, task, task_text, model_text, methods
@@ -143,27 +146,38 @@ class _Wanted:
     spec: str
     name: str
     method: Method[Any]
+    limit: int | None = None  # of its own
 
 
-def _methods(texts: Sequence[str], registry: Registry) -> list[_Wanted]:
-    """Return the methods in order, each once."""
+def _methods(texts: Sequence[str], limits: Mapping[str, int], registry: Registry) -> list[_Wanted]:
+    """Return the methods in order, each once, with the limits of their own."""
+    own = {_wanted(text, registry).spec: limit for text, limit in limits.items()}
     found: dict[str, _Wanted] = {}
     for text in texts:
-        spec = parse_spec(text)
-        method = build(registry.load_method(spec.name), spec.params, f"method {spec.name!r}")
-        canonical = format_spec(method, spec.name)
-        found.setdefault(canonical, _Wanted(canonical, spec.name, method))
+        wanted = _wanted(text, registry)
+        found.setdefault(wanted.spec, replace(wanted, limit=own.get(wanted.spec)))
     return list(found.values())
+
+
+def _wanted(text: str, registry: Registry) -> _Wanted:
+    spec = parse_spec(text)
+    method = build(registry.load_method(spec.name), spec.params, f"method {spec.name!r}")
+    return _Wanted(format_spec(method, spec.name), spec.name, method)
 
 
 def _baseline_first(wanted: list[_Wanted], capability: str, registry: Registry) -> None:
     """Put the baseline in front; the capability's own joins where none was asked for.
 
     Raises:
-        UsageError: The capability has none.
+        UsageError: The capability has none, or it has a limit of its own.
     """
     baselines = [each for each in wanted if each.method.role == "baseline"]
     if baselines:
+        if baselines[0].limit is not None:
+            raise UsageError(
+                f"{baselines[0].spec!r} is the baseline and takes no limit of its own: the others "
+                "are compared with it on each of their items."
+            )
         wanted.remove(baselines[0])
         wanted.insert(0, baselines[0])
         return
@@ -197,21 +211,22 @@ def _plan_experiment(
             {"method": each.spec, "task": task_spec, "model": model_spec, "reason": reason}
         )
 
-    fitting = [each for each in methods if each.method.capability == task.capability]
+    offered = _offered(model_id, settings, offline=request.offline)
+    capability = taken_as(task.capability, offered)
+    fitting = [each for each in methods if each.method.capability == capability]
     if fitting or request.names_methods:
         for each in methods:
             takes = each.method.capability
-            if takes != task.capability:
-                skip(each, f"it changes a {takes}, the task runs a {task.capability}")
-    offered = capabilities(model_id)
-    if offered and task.capability not in offered:
+            if takes != capability:
+                skip(each, f"it changes a {takes}, the task runs a {capability}")
+    if offered and capability not in offered:
         for each in methods:
             skip(each, f"the task runs a {task.capability}, the model is {' or '.join(offered)}")
         return
     if not fitting and request.names_methods:
         return
     # A suite whose methods are of another kind leaves the baseline.
-    _baseline_first(fitting, task.capability, registry)
+    _baseline_first(fitting, capability, registry)
     if request.scenario == "throughput":
         for each in fitting:
             skip(each, "the throughput scenario needs batches, which no text model here runs yet")
@@ -229,6 +244,11 @@ def _plan_experiment(
         raise UsageError(f"{task_spec}: {error}") from error
     if not items:
         raise UsageError(f"task {task_name!r} has no items to run; its limit is {limit}.")
+    if corpus_metrics(task) and (limited := [each.spec for each in fitting if each.limit]):
+        raise UsageError(
+            f"{task_spec} is judged on all outputs together, so all methods must run the same "
+            f"items; {limited[0]!r} has a limit of its own."
+        )
     conditions = {
         "protocol": PROTOCOL_VERSION,
         "task": task_spec,
@@ -275,7 +295,7 @@ def _plan_experiment(
                 plugins=[str(path.resolve()) for path in request.plugins],
                 sample_timeout=request.timeout,
                 memory_bytes=request.memory_bytes or _usable_memory(),
-                cpu_seconds=_cpu_seconds(request, len(items) * len(missing)),
+                cpu_seconds=_cpu_seconds(request, sum(cell.num_items for cell in missing)),
                 audit=request.audit,
                 offline=request.offline,
                 margin=margin,
@@ -296,9 +316,11 @@ def _cell(
 ) -> CellSpec:
     entry = registry.find("method", wanted.name)
     params = wanted.method.parameters()
+    items = conditions["items"][: wanted.limit]
     key = digest(
         {
             **conditions,
+            "items": items,
             **_named_hashes(params),
             "method": wanted.name,
             "params": params,
@@ -311,6 +333,7 @@ def _cell(
         method=wanted.spec,
         name=wanted.name,
         params=params,
+        num_items=len(items),
         family=entry.family,
         role=wanted.method.role,
         declared_output=wanted.method.declared_output(temperature).value,
@@ -351,6 +374,15 @@ def _experiment_id(store: Store, cells: Sequence[CellSpec], fresh: bool) -> str:
         if not begun or (not fresh and not store.is_sealed(experiment_id)):
             return experiment_id
         attempt += 1
+
+
+def _offered(model_id: str, settings: LoadSettings, *, offline: bool) -> tuple[str, ...]:
+    """Return what a model can be loaded as; () where that is not known."""
+    if ":" in model_id:
+        # Its files say it. Where they are not to be had, the plan says so further down.
+        with suppress(ModelError):
+            fetch(model_id, offline=offline, revision=settings.revision)
+    return capabilities(model_id, settings.revision)
 
 
 def _model(text: str, registry: Registry) -> tuple[str, LoadSettings]:

@@ -122,10 +122,20 @@ def requests(
             models=[model_id],
             **options,
         )
-        limits = dict(request.limits)
+        limits, few = dict(request.limits), dict(request.method_limits)
         if model is None and (form := _form(suite, task)) and form in limits:
             limits.setdefault(task, limits[form])
-        yield replace(request, methods=tuple(specs), task_methods={}, limits=limits)
+            if form in request.method_limits:
+                few.setdefault(task, request.method_limits[form])
+        # A bare name also stands for the suite's other forms of the task.
+        yield replace(
+            request,
+            methods=tuple(specs),
+            tasks=(task,) if task in request.tasks else request.tasks,
+            task_methods={},
+            limits=limits,
+            method_limits=few,
+        )
 
 
 def apart(

@@ -26,6 +26,8 @@ class Request:
         hardware: `auto` or a profile's name.
         limit: Items of each task; None for all.
         limits: Items by the task's text, from a suite; `limit` wins.
+        method_limits: Items by the task's text and the method's, from a suite, for methods that run
+            only the first of a task's items; empty where `limit` is given.
         names_methods: Whether the user named `methods`, or they are what a suite has.
         task_methods: Methods by the task's text, from a suite, in the place of `methods`.
         task_models: Models by the task's text, from a suite, in the place of `models`.
@@ -49,6 +51,7 @@ class Request:
     hardware: str = "auto"
     limit: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
+    method_limits: dict[str, dict[str, int]] = field(default_factory=dict)
     names_methods: bool = False
     task_methods: dict[str, tuple[str, ...]] = field(default_factory=dict)
     task_models: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -79,8 +82,8 @@ class Event:
     """Something that happened while running; `kind` says what.
 
     Kinds: `experiment` (one starts), `phase` (loading, calibrating, warming up, measuring,
-    scoring), `sample` (one measured), `cell` (one ended; `status` and `detail` say how), `restart`
-    (the worker was started again without the cell that broke it), `run` (all done).
+    scoring, certifying), `sample` (one measured), `cell` (one ended; `status` and `detail` say
+    how), `restart` (the worker was started again without the cell that broke it), `run` (all done).
     """
 
     kind: Literal["experiment", "phase", "sample", "cell", "restart", "run"]

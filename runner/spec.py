@@ -31,6 +31,7 @@ class CellSpec:
         method: Spec, `name[:key=value,…]`, defaults left out.
         name: Its name alone.
         params: Its hyper-parameters.
+        num_items: How many of the experiment's items it runs, the first ones.
         family, role, declared_output: For the record.
     """
 
@@ -38,6 +39,7 @@ class CellSpec:
     method: str
     name: str
     params: dict[str, Any]
+    num_items: int
     family: str
     role: str
     declared_output: str
@@ -104,7 +106,7 @@ class ExperimentSpec:
     memory_bytes: int = 0
     cpu_seconds: int = 0
     audit: bool = False
-    calibration_seconds: float = 20.0
+    calibration_seconds: float = 12.0
     offline: bool = False
     model_hash: str = ""
     task_hash: str = ""
@@ -117,6 +119,11 @@ class ExperimentSpec:
     def title(self) -> str:
         """Name for people."""
         return f"{self.task} with {self.model}"
+
+    @property
+    def num_samples(self) -> int:
+        """Measurements of all cells together."""
+        return self.repeats * sum(cell.num_items for cell in self.cells)
 
     def write(self, path: Path) -> None:
         """Write the spec as JSON."""

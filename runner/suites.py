@@ -9,7 +9,8 @@ repeats = 3                # and hardware, scenario, seed, timeout: all optional
 [[task]]
 spec = "humaneval:max_new_tokens=128"
 limit = 16                 # all items without it
-methods = ["prompt-lookup"]  # in the place of the suite's, as `models` would be
+methods = ["autoregressive", "beam-search"]  # in the place of the suite's, as `models` would be
+limits = { beam-search = 8 }  # the first 8 of them for a slow method
 ```
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -38,16 +39,24 @@ class SuiteTask:
         limit: Items; None for all.
         methods: Specs of the methods for this task; empty for the suite's.
         models: Ids of the models for this task; empty for the suite's.
+        limits: Items by the spec of a method, for methods that are too slow for all of them: the
+            first so many of the task's.
     """
 
     spec: str
     limit: int | None = None
     methods: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    limits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}.")
+        for method, limit in self.limits.items():
+            if not 1 <= limit <= (self.limit or limit):
+                raise ValueError(
+                    f"limits.{method} must lie in [1, {self.limit or 'items'}], got {limit}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,14 @@ class Suite:
         specs = [task.spec for task in self.task]
         if twice := next((spec for spec in specs if specs.count(spec) > 1), None):
             raise ValueError(f"task {twice!r} stands there twice.")
+        for task in self.task:
+            for method in task.limits:
+                choose(f"task {task.spec!r}: limits", method, task.methods or self.methods)
+
+    def needs(self) -> tuple[str, ...]:
+        """Return the specs of the models and tasks that the suite runs, each once."""
+        models = chain(self.models, *(task.models for task in self.task))
+        return tuple(dict.fromkeys(chain(models, (task.spec for task in self.task))))
 
     def request(self, label: str) -> Request:
         """Return what the suite asks the runner to do."""
@@ -95,6 +112,7 @@ class Suite:
             limits={task.spec: task.limit for task in self.task if task.limit is not None},
             task_methods={task.spec: task.methods for task in self.task if task.methods},
             task_models={task.spec: task.models for task in self.task if task.models},
+            method_limits={task.spec: task.limits for task in self.task if task.limits},
             seed=self.seed,
             repeats=self.repeats,
             scenario=self.scenario,
@@ -170,7 +188,8 @@ def make_request(
 
     What no flag says comes from the suite, `embedded` unless another one is named. Methods, tasks
     or models that are given replace the suite's; a bare name that the suite holds with parameters
-    stands for the suite's entry. The suite's limits hold for its own tasks, if it was named.
+    stands for the suite's entry. The suite's limits hold for its own tasks, if it was named, and
+    where no `limit` is given.
 
     Raises:
         UsageError: A flag is out of range, a name is unknown, or the suite is wrong. Parameters are
@@ -178,6 +197,7 @@ def make_request(
     """
     base = load_suite(suite or DEFAULT_SUITE, registry).request(suite or DEFAULT_SUITE)
     is_named = suite is not None
+    keeps_limits = is_named or not tasks
     if scenario is not None:
         choose("scenario", scenario, SCENARIOS)
     request = replace(
@@ -187,7 +207,8 @@ def make_request(
         models=_narrow(base.models, models, is_named),
         hardware=hardware or base.hardware,
         limit=limit,
-        limits=base.limits if is_named or not tasks else {},
+        limits=base.limits if keeps_limits else {},
+        method_limits=base.method_limits if keeps_limits and limit is None else {},
         names_methods=bool(methods),
         task_methods={} if methods else _with_forms(base.task_methods, base.tasks, tasks),
         task_models={} if models else _with_forms(base.task_models, base.tasks, tasks),

@@ -135,15 +135,14 @@ def _factors(explanation: Explanation) -> list[dict[str, str]]:
         (
             "/ step cost ratio",
             text.ratio(explanation.step_cost_ratio),
-            "its wider forwards, at the measured lat(N)",
+            "the bytes that its forwards read, at the measured bandwidth"
+            if explanation.is_bound_by_bytes
+            else "its wider forwards, at the measured lat(N)",
         ),
         (
             "/ overhead ratio",
             text.ratio(explanation.overhead_ratio),
-            f"{text.percent(max(0.0, explanation.draft_share))} of its decode time goes to "
-            "drafting, acceptance and bookkeeping"
-            if explanation.role != "peer"
-            else "a peer's own kernels and loop",
+            _overhead(explanation),
         ),
         (
             "x the rest",
@@ -153,7 +152,9 @@ def _factors(explanation: Explanation) -> list[dict[str, str]]:
         (
             "bound",
             text.ratio(explanation.bound),
-            "the same forwards with drafting and bookkeeping free",
+            "the same bytes at the baseline's pace, and nothing else"
+            if explanation.is_bound_by_bytes
+            else "the same forwards with drafting and bookkeeping free",
         ),
     ]
     if (latency := measured_latency(explanation)) is not None:
@@ -176,6 +177,16 @@ def _factors(explanation: Explanation) -> list[dict[str, str]]:
             )
         )
     return [{"part": part, "value": value, "meaning": meaning} for part, value, meaning in rows]
+
+
+def _overhead(explanation: Explanation) -> str:
+    """Say what makes a method's decoding slower than its forwards."""
+    if explanation.role == "peer":
+        return "a peer's own kernels and loop"
+    share = text.percent(max(0.0, explanation.draft_share))
+    if explanation.is_bound_by_bytes:
+        return f"{share} of its decode time goes to what is not reading: selection, small products"
+    return f"{share} of its decode time goes to drafting, acceptance and bookkeeping"
 
 
 def _percent_off(predicted: float, measured: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import random
@@ -36,12 +37,13 @@ from models.base import (
     Forward,
     Generation,
     InvalidOutput,
+    MaskedDiffusionLM,
     TextGenerator,
     TextModelFacts,
     Trace,
     Unsupported,
 )
-from models.loading import LoadSettings, load
+from models.loading import LoadSettings, capabilities, load
 from results.records import (
     CellRecord,
     ExperimentRecord,
@@ -54,9 +56,10 @@ from results.records import (
 from results.store import Store
 from runner import audit
 from runner.audit import Evidence
-from runner.capabilities import CONVENTIONS, Conventions
+from runner.capabilities import CONVENTIONS, Conventions, taken_as
 from runner.certificate import (
     DISTRIBUTION_LEVEL,
+    Asked,
     Centred,
     asked,
     centred,
@@ -80,6 +83,8 @@ _LOG_LINES = 30
 # Contexts at which lat(N) is measured: a short prompt, and one with its answer.
 _CONTEXTS = (128, 384)
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 81)
+_CANVAS_CONTEXTS = (0, 128, 384)
+_CANVAS_WIDTHS = (1, 8, 32, 64, 128, 256)
 _ONE_TOKEN = Forward(width=1, context=0)
 
 
@@ -135,6 +140,7 @@ class _Cell:
 
     spec: CellSpec
     method: Method[Any]
+    item_ids: frozenset[str]
     is_open: bool = True
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     notes: dict[str, Any] = field(default_factory=dict)
@@ -161,6 +167,7 @@ class _Worker:
         self.tell = tell
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
+        self.read: dict[tuple[str, tuple[int, ...]], Centred] = {}
         self.registry = Registry(tuple(Path(path) for path in spec.plugins))
         task = parse_spec(spec.task)
         self.task: Task[Any] = build(
@@ -175,14 +182,16 @@ class _Worker:
         with self._phase("loading"):
             model_spec = parse_spec(self.spec.model)
             settings = build(LoadSettings, model_spec.params, f"model {model_spec.name!r}")
+            offered = capabilities(model_spec.name, settings.revision)
+            capability = taken_as(self.task.capability, offered)
             self.model: Any = load(
                 model_spec.name,
                 settings,
                 offline=self.spec.offline,
-                capability=self.task.capability,
+                capability=capability,
             )
             self.conventions = CONVENTIONS.get(
-                self.task.capability, Conventions(baseline="", output_unit="item")
+                capability, Conventions(baseline="", output_unit="item")
             )
             self.profile = ceilings.measured(detect.select(self.spec.hardware))
             self.meter = Meter(self.profile)
@@ -192,7 +201,12 @@ class _Worker:
             self.profile = replace(self.profile, step_cost=step_cost)
         ended = {cell.cell_id: cell for cell in self.store.cells(self.spec.experiment_id)}
         self.cells = [
-            _Cell(cell, self._method(cell), is_open=cell.cell_id not in ended)
+            _Cell(
+                cell,
+                self._method(cell),
+                frozenset(self.spec.items[: cell.num_items]),
+                is_open=cell.cell_id not in ended,
+            )
             for cell in self.spec.cells
         ]
         try:
@@ -207,7 +221,9 @@ class _Worker:
             return RESTART
         with self._phase("scoring"):
             self._score()
-        self._finish()
+        with self._phase("certifying"):
+            records = self._certify()
+        self._finish(records)
         return 0
 
     @contextmanager
@@ -259,31 +275,8 @@ class _Worker:
         """Measure lat(N), for models whose calls are sequences of forwards."""
         if not self.conventions.has_steps:
             return None
-        from models.draft_tree import DraftTree
-
-        model: TextGenerator = self.model
-        room = model.facts.max_positions
-        contexts = [context for context in _CONTEXTS if context + _WIDTHS[-1] <= room]
-        widths = [width for width in _WIDTHS if width + (contexts or [1])[0] <= room]
-        draw = random.Random(0)
-
-        def tokens(count: int) -> list[int]:
-            return [draw.randrange(model.facts.vocab_size) for _ in range(count)]
-
-        def prepare(context: int) -> Any:
-            session = model.session(context + widths[-1])
-            session.prefill(tokens(context))
-            trees = {width: DraftTree.chain(tokens(1)[0], tokens(width - 1)) for width in widths}
-            return lambda width: session.verify(trees[width])
-
-        return measure_step_cost(
-            prepare,
-            widths=widths,
-            contexts=contexts or [1],
-            budget_seconds=self.spec.calibration_seconds,
-            seed=self.spec.seed,
-            synchronize=model.synchronize,
-        )
+        measure = _canvas_cost if isinstance(self.model, MaskedDiffusionLM) else _session_cost
+        return measure(self.model, self.spec.calibration_seconds, self.spec.seed)
 
     def _experiment_record(self, step_cost: dict[str, Any] | None) -> ExperimentRecord:
         spec, facts = self.spec, self.model.facts
@@ -355,14 +348,14 @@ class _Worker:
             (sample.cell_id, sample.item_id, sample.repeat)
             for sample in self.store.samples(spec.experiment_id)
         }
-        total = len(spec.items) * spec.repeats * len(self.cells)
+        total = spec.num_samples
         count = len(done)
         with self.store.samples_journal(spec.experiment_id) as journal:
             for item in self.items:
                 for repeat in range(spec.repeats):
                     for position, index in enumerate(_order(spec, item.id, repeat)):
                         cell = self.cells[index]
-                        if not cell.is_open:
+                        if not cell.is_open or item.id not in cell.item_ids:
                             continue
                         if (cell.spec.cell_id, item.id, repeat) in done:
                             # What was measured before an interruption also taught the method.
@@ -484,7 +477,7 @@ class _Worker:
 
     def _audit(self) -> None:
         """Run some items again, timed and untimed, every method in turn."""
-        for item in audit.chosen(self.items, self.spec.seed):
+        for item in self._audited_items():
             for is_timed in (True, False):
                 for cell in self.cells:
                     if not cell.is_open:
@@ -496,6 +489,11 @@ class _Worker:
                             cell.evidence.repeated.append(again)
                     elif (result := self._guarded(cell, item, self._untimed)) is not None:
                         cell.evidence.untimed.append(_again(item, result, None))
+
+    def _audited_items(self) -> list[Item]:
+        """Return the items that are run again: some of those that all cells ran."""
+        shared = frozenset.intersection(*(cell.item_ids for cell in self.cells))
+        return audit.chosen([item for item in self.items if item.id in shared], self.spec.seed)
 
     def _resident_bytes(self) -> int:
         """Return what the process holds in host memory; 0 where a device is metered instead."""
@@ -509,7 +507,8 @@ class _Worker:
         ids = list(result.token_ids)
         forwards = trace.forwards
         is_told = bool(forwards) or bool(trace.prefill)
-        prefilled = trace.marks.get("prefill")
+        kept = trace.notes.get("evidence_kept")
+        prefilled, tokenized = trace.marks.get("prefill"), trace.marks.get("tokenized")
         return SampleRecord(
             cell_id=cell.spec.cell_id,
             item_id=item.id,
@@ -519,6 +518,7 @@ class _Worker:
             device_seconds=reading.device_seconds,
             cpu_seconds=reading.cpu_seconds,
             prefill_seconds=prefilled - measured.started if prefilled else None,
+            tokenized_seconds=tokenized - measured.started if tokenized else None,
             output_tokens=len(ids),
             # The prefill emits one token; a peer that drafts before it may emit more there.
             decode_tokens=max(0, len(ids) - int(trace.notes.get("prefill_tokens", 1))),
@@ -534,6 +534,7 @@ class _Worker:
             output_digest=output_digest(ids, result.text),
             output=result.text,
             output_ids=ids,
+            evidence_kept=None if kept is None else float(kept),
         )
 
     def _bound_seconds(self, trace: Trace) -> float | None:
@@ -606,17 +607,15 @@ class _Worker:
             for record in corpus_records(self.task, spec.items, outputs, known):
                 journal.append(record)
 
-    def _finish(self) -> None:
+    def _certify(self) -> list[CellRecord]:
+        """Hold outputs against the baseline's; return the records of the cells that ended here."""
         outputs: dict[str, dict[str, SampleRecord]] = defaultdict(dict)
         for sample in self.store.samples(self.spec.experiment_id):
             if sample.repeat == 0:
                 outputs[sample.cell_id][sample.item_id] = sample
         baseline = outputs[self.spec.cells[0].cell_id]
-        wall = time.perf_counter() - self.started
-        measured = sum(cell.seconds["measured"] for cell in self.cells)
-        harness = self.phases["measuring"] + self.phases["warming up"] - measured
-        self.phases |= {"wall": wall, "harness": max(0.0, harness)}
         tampered = self._tampered()
+        records = []
         for cell in self.cells:
             if not cell.is_open:
                 continue
@@ -644,11 +643,20 @@ class _Worker:
             # Changed weights explain whatever else is wrong.
             if tampered or (error and record.status == "ok"):
                 record = replace(record, status="failed", error=error)
-            self.store.write_cell(record)
+            records.append(record)
+        return records
+
+    def _finish(self, records: Sequence[CellRecord]) -> None:
+        wall = time.perf_counter() - self.started
+        methods = sum(cell.seconds["measured"] + cell.seconds["apply"] for cell in self.cells)
+        harness = self.phases["measuring"] + self.phases["warming up"] - methods
+        self.phases |= {"wall": wall, "harness": max(0.0, harness)}
+        for record in records:
+            self.store.write_cell(replace(record, seconds={**record.seconds, **self.phases}))
             self.tell(
                 "cell",
                 cell=record.cell_id,
-                method=cell.spec.method,
+                method=record.spec,
                 status=record.status,
                 detail=record.error,
             )
@@ -674,8 +682,7 @@ class _Worker:
             samples[baseline.spec.cell_id],
             model=self.model,
             questions={
-                item.id: asked(self.task, self.model, item)
-                for item in audit.chosen(self.items, self.spec.seed)
+                item.id: asked(self.task, self.model, item) for item in self._audited_items()
             },
             keeps_state=cell.method.state_policy != "cold",
             is_baseline=cell is baseline,
@@ -707,16 +714,80 @@ class _Worker:
             question = asked(self.task, self.model, item)
             if question is None:
                 continue
-            prompt_ids, decoding = question
             first, second = (
-                centred(self.model, prompt_ids, text.output_ids, decoding.temperature)
-                for text in texts
-                if text
+                self._centred(item.id, question, tuple(text.output_ids)) for text in texts if text
             )
             pairs.append((first, second))
         return distribution_test(
             [first for first, _ in pairs], [second for _, second in pairs], seed=self.spec.seed
         )
+
+    def _centred(self, item_id: str, question: Asked, output_ids: tuple[int, ...]) -> Centred:
+        """Read a sampled text once more; each text once, whoever wrote it."""
+        key = (item_id, output_ids)
+        if key not in self.read:
+            temperature = question.decoding.temperature
+            self.read[key] = centred(self.model, question.prompt_ids, output_ids, temperature)
+        return self.read[key]
+
+
+def _session_cost(model: TextGenerator, budget_seconds: float, seed: int) -> StepCost:
+    """Measure the forwards of a text that grows at its end."""
+    from models.draft_tree import DraftTree
+
+    room = model.facts.max_positions
+    contexts = [context for context in _CONTEXTS if context + _WIDTHS[-1] <= room]
+    widths = [width for width in _WIDTHS if width + (contexts or [1])[0] <= room]
+    draw = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(model.facts.vocab_size) for _ in range(count)]
+
+    def prepare(context: int) -> Any:
+        session = model.session(context + widths[-1])
+        session.prefill(tokens(context))
+        trees = {width: DraftTree.chain(tokens(1)[0], tokens(width - 1)) for width in widths}
+        return lambda width: session.verify(trees[width])
+
+    return measure_step_cost(
+        prepare,
+        widths=widths,
+        contexts=contexts or [1],
+        budget_seconds=budget_seconds,
+        seed=seed,
+        synchronize=model.synchronize,
+    )
+
+
+def _canvas_cost(model: MaskedDiffusionLM, budget_seconds: float, seed: int) -> StepCost:
+    """Measure forwards over parts of a canvas: whole sequences at context 0, blocks beside it."""
+    import torch
+
+    from models.masked_diffusion_decode import BLOCK_LENGTH
+
+    generator = torch.Generator().manual_seed(0)
+
+    def prepare(context: int) -> Any:
+        steps = {}
+        for width in _CANVAS_WIDTHS:
+            length = context + width
+            ids = torch.randint(model.facts.vocab_size, (1, length), generator=generator)
+            canvas = model.canvas([0], length, keeps=context > 0)
+            # A block's logits are what a step wants of it; a shifted model has none of its first.
+            shown = min(BLOCK_LENGTH, width - model.facts.is_shifted)
+            wanted = range(length - shown, length)
+            canvas.denoise(ids, 0, wanted)
+            steps[width] = functools.partial(canvas.denoise, ids[:, context:], context, wanted)
+        return lambda width: steps[width]()
+
+    return measure_step_cost(
+        prepare,
+        widths=_CANVAS_WIDTHS,
+        contexts=_CANVAS_CONTEXTS,
+        budget_seconds=budget_seconds,
+        seed=seed,
+        synchronize=model.synchronize,
+    )
 
 
 def _again(item: Item, result: Result, seconds: float | None) -> audit.Again:
@@ -791,7 +862,7 @@ def _check_result(result: object, model: Any) -> None:
     ids = cast(Result, result).token_ids
     # A model without a vocabulary of its own (an encoder) returns no tokens; a method that brings
     # another tokenizer returns that one's.
-    if isinstance(model, TextGenerator):
+    if isinstance(model, (TextGenerator, MaskedDiffusionLM)):
         vocabulary = range(model.facts.vocab_size)
         wrong = [each for each in ids if not isinstance(each, int) or each not in vocabulary]
         if wrong:

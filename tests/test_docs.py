@@ -109,4 +109,6 @@ def test_the_suite_in_the_docstring_is_a_suite():
     text = re.search(r"```toml\n(.*?)```", suites.__doc__ or "", re.DOTALL)
     assert text is not None
     made = from_table(Suite, tomllib.loads(text[1]), "suite")
-    assert [(task.limit, task.methods) for task in made.task] == [(16, ("prompt-lookup",))]
+    [task] = made.task
+    assert (task.limit, task.methods) == (16, ("autoregressive", "beam-search"))
+    assert task.limits == {"beam-search": 8}

@@ -242,9 +242,9 @@ def test_a_good_night_becomes_the_good_run(runner: Runner) -> None:
     assert (runner.workspace / "out" / "tables.html").exists()
 
 
-def test_models_of_the_suite_are_fetched(runner: Runner) -> None:
+def test_what_the_suite_needs_is_fetched(runner: Runner) -> None:
     runner.run("nightly", "measure")
-    assert "run.py fetch smollm2-135m" in runner.calls
+    assert "run.py fetch --suite nightly" in runner.calls
 
 
 def test_the_first_night_has_nothing_to_compare_with(runner: Runner) -> None:

@@ -440,6 +440,14 @@ def test_parquet_of_another_version_is_refused(tmp_path: Path) -> None:
         list(store.samples(ID))
 
 
+def test_a_column_that_came_later_is_empty_in_an_older_shard(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    path = store.shard(ID) / "samples.parquet"
+    before = list(store.samples(ID))
+    pq.write_table(pq.read_table(path).drop_columns(["evidence_kept"]), path)
+    assert list(store.samples(ID)) == before
+
+
 def test_every_byte_of_a_sealed_shard_is_watched(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     shard = store.shard(ID)

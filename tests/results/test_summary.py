@@ -499,3 +499,43 @@ def test_a_sample_from_elsewhere_is_refused(
 ) -> None:
     with pytest.raises(StoreError, match=message):
         summary_of(tmp_path, [sample], items=2)
+
+
+def test_a_method_of_fewer_items_is_compared_over_those_it_shares(tmp_path: Path):
+    samples = []
+    for place in range(4):
+        # What only the baseline ran is ten times as long and as much work a token.
+        factor = 1 if place < 2 else 10
+        samples.append(
+            make_sample(
+                "cell-plain",
+                f"item-{place}",
+                seconds=2.0 * factor,
+                flops=1e9 * factor,
+                peak_bytes=1000 * factor,
+                bound_seconds=0.9 * factor,
+            )
+        )
+    samples += [
+        make_sample("cell-fast", f"item-{place}", flops=2e9, peak_bytes=1500) for place in range(2)
+    ]
+    experiment = make_experiment(items=4, metrics=[BINARY])
+    verdicts, metrics = summary_of(
+        tmp_path,
+        samples,
+        [
+            *make_scores(experiment, "plain", [1.0, 0.0, 1.0, 1.0]),
+            *make_scores(experiment, "fast", [1.0, 0.0, None, None])[:2],
+        ],
+        items=4,
+        metrics=[BINARY],
+    )
+    row = verdicts["fast"]
+    assert row["speedup"] == pytest.approx(2.0)
+    assert row["work_ratio"] == pytest.approx(2.0)
+    assert row["memory_ratio"] == pytest.approx(1.5)
+    assert row["step_cost_ratio"] == pytest.approx(1.0)
+    assert row["baseline_tokens"] == row["output_tokens"] == 20
+    quality = metrics["fast"]
+    assert (quality["value"], quality["baseline_value"], quality["difference"]) == (0.5, 0.5, 0.0)
+    assert quality["verdict"] == "SAME"  # and no answer is lost: it was never asked for

@@ -74,7 +74,7 @@ def explained(
 ) -> Explanation:
     """Return the explanation of a method that emits `emitted` tokens a forward of `width`."""
     experiment = make_experiment(
-        items=6, step_cost=dataclasses.asdict(CURVE), facts=FACTS, **changes
+        items=6, step_cost=dataclasses.asdict(CURVE), **{"facts": FACTS, **changes}
     )
     samples = []
     for place, item in enumerate(experiment.items):

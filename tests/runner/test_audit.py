@@ -13,7 +13,7 @@ from models.base import Decoding, Forward, Generation, Trace
 from models.constraints import ConstrainedDecoding
 from models.regular import regex
 from models.text import CausalLM
-from runner.audit import chosen, miscount, overcount, shuffled
+from runner.audit import Again, _remembers, chosen, miscount, overcount, shuffled
 from runner.guards import Damage, Ledger, ProcessGuard, WeightGuard
 from tests.models.tiny import tiny_module
 
@@ -97,6 +97,34 @@ def test_the_audited_order_and_sample_depend_on_the_seed_alone() -> None:
     assert chosen(items, 1) == chosen(items, 1)
     assert len(set(chosen(items, 1))) == 8
     assert sorted(chosen([1, 2], 0)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("shares", "is_ok"),
+    [
+        ([0.1] * 8, False),  # remembered
+        ([0.1] * 7 + [0.9], False),  # and one accident of the clock
+        ([0.1] * 6 + [0.9] * 2, True),
+        ([0.6] * 8, True),
+        ([0.1, 0.1, 0.9], True),  # too few for an accident
+        ([], True),
+    ],
+)
+def test_a_prompt_is_remembered_if_nearly_all_are_quick(shares: list[float], is_ok: bool) -> None:
+    first = {
+        str(number): SimpleNamespace(output_digest="d", target_forwards=3, seconds=2.0)
+        for number in range(len(shares))
+    }
+
+    def again(factor: float) -> list[Again]:
+        return [
+            Again(str(number), (), "d", 3, factor * share * 2.0)
+            for number, share in enumerate(shares)
+        ]
+
+    slower = [each._replace(seconds=3.0) for each in again(1.0)]  # the machine, for the baseline
+    verdict = _remembers(again(1.5), slower, first, first)  # type: ignore[arg-type]  # what it reads
+    assert verdict.is_ok is is_ok
 
 
 @pytest.fixture

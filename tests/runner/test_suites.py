@@ -94,6 +94,23 @@ def test_a_name_with_parameters_is_taken_as_it_is(suite):
     assert request.methods == ("token-recycling:tree_nodes=3",)
 
 
+def test_a_suite_needs_the_models_of_its_tasks_too(suite):
+    Path(suite).write_text(GOOD + 'models = ["minilm-l6", "smollm2-135m"]\n', encoding="utf-8")
+    needs = load_suite(suite, Registry()).needs()
+    assert needs == ("smollm2-135m", "minilm-l6", "humaneval:max_new_tokens=64", "humaneval-mini")
+
+
+def test_a_task_may_limit_a_method(suite):
+    slow = "token-recycling:tree_nodes=32"
+    Path(suite).write_text(
+        GOOD.replace("limit = 5", f'limit = 5\nlimits = {{ "{slow}" = 2 }}'), encoding="utf-8"
+    )
+    limits = {"humaneval:max_new_tokens=64": {slow: 2}}
+    assert make_request(Registry(), suite=suite).method_limits == limits
+    assert make_request(Registry(), suite=suite, methods=[slow]).method_limits == limits
+    assert make_request(Registry(), suite=suite, limit=4).method_limits == {}
+
+
 def test_a_task_may_have_methods_and_a_limit_of_its_own(suite):
     path = Path(suite)
     path.write_text(
@@ -154,6 +171,16 @@ def test_no_flag_at_all_is_the_embedded_suite():
         ("timeout = 60", "timeout = inf", "timeout must be a number of seconds above 0, got inf"),
         ("fixed-length", "fixed", "scenario must be latency or throughput or fixed-length"),
         ("limit = 5", "limit = 0", "limit must be at least 1, got 0"),
+        (
+            "limit = 5",
+            "limit = 5\nlimits = { autoregressiv = 2 }",
+            "tree_nodes=32, got 'autoregressiv'. Did you mean 'autoregressive'?",
+        ),
+        (
+            "limit = 5",
+            "limit = 5\nlimits = { autoregressive = 6 }",
+            "limits.autoregressive must lie in [1, 5], got 6",
+        ),
         ("limit = 5", 'limit = "5"', "limit must be int or none, got '5'"),
         (
             "humaneval-mini",

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import run
 from hardware import catalog
 from hardware.profile import Profile
+from results.store import Store
 from runner import why
 from runner.describe import describe_cell
 from runner.request import UsageError
-from tests.results.factory import make_experiment, make_store
+from tests.results.factory import (
+    make_cell,
+    make_experiment,
+    make_samples,
+    make_scores,
+    make_store,
+    write_shard,
+)
 from tests.results.test_why import CURVE, FACTS, explained
 
 
@@ -70,6 +80,51 @@ def test_a_cell_without_explanation_is_shown_without(tmp_path: Path):
     assert "Why" not in titles
 
 
+def test_a_needle_that_the_oracle_kept_and_a_method_dropped_is_shown_by_item(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = make_experiment(("plain", "sparse", "small", "large"), repeats=1)
+    kept = {"plain": None, "sparse": 0.5, "small": 0.4, "large": 0.9}
+    samples = [
+        replace(sample, evidence_kept=kept[sample.cell_id.removeprefix("cell-")])
+        for sample in make_samples(experiment, dict.fromkeys(kept, 1.0))
+    ]
+    oracle: dict[str, Any] = {"method": "oracle-top-k", "role": "control"}
+    cells = [
+        make_cell(experiment, "plain"),
+        make_cell(experiment, "sparse", declared_output="approximate"),
+        make_cell(experiment, "small", params={"budget": 64}, **oracle),
+        make_cell(experiment, "large", params={"budget": 256}, **oracle),
+    ]
+    # The sparse method misses items 0 to 2. The large oracle has the first two of them; the small
+    # one, which keeps less than the method, has all.
+    right = {"plain": 4, "sparse": 0, "small": 4, "large": 2}
+    scores = []
+    for name, count in right.items():
+        values = [1.0 if place < count else 0.0 for place in range(len(experiment.items))]
+        if name == "sparse":
+            values[3:] = [1.0] * len(values[3:])
+        scores += make_scores(experiment, name, values)
+    write_shard(Store(tmp_path), experiment, cells, samples, scores)
+    assert run.main(["rebuild", "--store", str(tmp_path)]) == 0
+    titles = {
+        section.title: section.rows
+        for section in describe_cell(tmp_path / "tokenmark.duckdb", "cell-sparse")
+    }
+    rows = titles["Evidence that the oracle kept and this did not"]
+    assert [row["item_id"] for row in rows] == list(experiment.items[:2])
+    assert {row["oracle_budget"] for row in rows} == {"256"}
+    assert {(row["evidence_kept"], row["oracle_evidence_kept"]) for row in rows} == {("0.5", "0.9")}
+    assert run.main(["show", "cell", "cell-sparse", "--store", str(tmp_path)]) == 0
+    assert "oracle kept and this did not" in capsys.readouterr().out
+    query = "SELECT item_id, spec FROM dropped_evidence ORDER BY item_id"
+    assert run.main(["sql", query, "--store", str(tmp_path), "--format", "csv"]) == 0
+    assert capsys.readouterr().out.count(experiment.items[0]) == 1
+    for name in ("cell-plain", "cell-large"):
+        found = describe_cell(tmp_path / "tokenmark.duckdb", name)
+        assert not any("oracle" in section.title for section in found)
+
+
 @pytest.mark.parametrize("name", ["fast@other", "slow@toy", "@", "fast@toy@toy"])
 def test_a_method_and_task_that_nobody_measured_are_named(tmp_path: Path, name: str):
     make_store(tmp_path)
@@ -81,9 +136,6 @@ def test_a_method_and_task_that_nobody_measured_are_named(tmp_path: Path, name: 
 def test_of_two_runs_the_last_is_shown_and_of_two_settings_the_ids(tmp_path: Path):
     make_store(tmp_path, created="2025-01-01T00:00:00+00:00")
     assert make_experiment().experiment_id == "experiment-1"
-    from results.store import Store
-    from tests.results.factory import make_cell, make_samples, write_shard
-
     later = make_experiment(
         ("plain", "fast", "fast2"), experiment_id="later", created="2025-02-01T00:00:00+00:00"
     )
@@ -99,3 +151,22 @@ def test_of_two_runs_the_last_is_shown_and_of_two_settings_the_ids(tmp_path: Pat
         describe_cell(index, "fast@toy")
     facts = {row["key"]: row["value"] for row in describe_cell(index, "plain@toy")[0].rows}
     assert facts["experiment id"] == "later"
+
+
+@pytest.mark.parametrize(
+    ("bound_by", "step", "bound"),
+    [
+        ("forwards", "at the measured lat(N)", "with drafting and bookkeeping free"),
+        ("bytes", "the bytes that its forwards read", "the same bytes at the baseline's pace"),
+    ],
+)
+def test_the_parts_say_what_forwards_are_charged_for(
+    tmp_path: Path, bound_by: str, step: str, bound: str
+):
+    explained(tmp_path, facts={**FACTS, "bound_by": bound_by})
+    experiment_id = make_experiment(items=6).experiment_id
+    report = why.sections(tmp_path / "tokenmark.duckdb", experiment_id, "cell-fast")
+    meanings = {row["part"]: row["meaning"] for row in report[0].rows}
+    assert step in meanings["/ step cost ratio"]
+    assert bound in meanings["bound"]
+    assert ("lat(N)" in meanings["/ step cost ratio"]) == (bound_by == "forwards")
