@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -337,6 +337,220 @@ class TokenizedLM(Protocol):
 
     def generate(self, prompt: str, decoding: Decoding) -> Generation:
         """Continue `prompt`."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        ...
+
+
+PositionMode = Literal["compact", "original", "multi"]
+"""How the tokens that are left of a prompt are numbered: anew from 0, by the places that they had,
+or by several of those places at once, a share of the rotary frequencies each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualPrompt:
+    """A question about an image.
+
+    Attributes:
+        image: RGB, (height, width, 3), uint8.
+        text: The question; the model's own template goes around it and the image.
+        options: Answers whose log-probabilities are wanted where the answer begins.
+        crops: 1 for the model's own way with an image; k for a thumbnail and k x k crops, each an
+            image of its own. For models that do not tile by themselves.
+    """
+
+    image: npt.NDArray[np.uint8]
+    text: str
+    options: tuple[str, ...] = ()
+    crops: int = 1
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype.name != "uint8":
+            raise ValueError(
+                f"image must be (height, width, 3) of uint8, got {self.image.shape} of "
+                f"{self.image.dtype}."
+            )
+        if self.crops < 1:
+            raise ValueError(f"crops must be at least 1, got {self.crops}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualWork:
+    """What an answer took, counted exactly; a multiply-add counts two operations.
+
+    Attributes:
+        positions: How the prompt's tokens were numbered.
+        visual_tokens: Visual tokens that the image has; separators between them not counted.
+        kept_tokens: Those of them, or merged ones in their place, that the decoder got.
+        separator_tokens: Separators (LLaVA-NeXT's newlines) that the decoder got.
+        layer_tokens: Tokens of the prompt in the cache of each decoder layer.
+        mean_visual_tokens: Visual tokens that a decoder layer worked on, averaged over the layers.
+        encoder_flops, projector_flops: Of the vision tower, and of what follows it.
+        selector_flops: Of choosing or merging tokens: products and the sums over them.
+        prefill_flops, decode_flops: Of the decoder, for the prompt and for the tokens after it.
+        kv_cache_bytes: Keys and values of the prompt that all layers hold.
+    """
+
+    positions: PositionMode
+    visual_tokens: int
+    kept_tokens: int
+    separator_tokens: int
+    layer_tokens: tuple[int, ...]
+    mean_visual_tokens: float
+    encoder_flops: float
+    projector_flops: float
+    selector_flops: float
+    prefill_flops: float
+    decode_flops: float
+    kv_cache_bytes: int
+
+    @property
+    def flops(self) -> float:
+        """All operations together."""
+        decoder = self.prefill_flops + self.decode_flops
+        return self.encoder_flops + self.projector_flops + self.selector_flops + decoder
+
+
+@dataclass(frozen=True)
+class VisualAnswer(Generation):
+    """What a model said about an image.
+
+    Attributes:
+        work: Exact counts. The trace's notes hold the same by the same names, its marks end the
+            phases `prepared`, `encoded`, `projected`, `selected`, `prefill` and `decode`.
+        option_log_probabilities: Natural logarithm of the probability that the answer begins with
+            each of the prompt's options.
+    """
+
+    work: VisualWork
+    option_log_probabilities: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionLanguageFacts:
+    """Sizes of a vision-language model, for counting work.
+
+    Attributes:
+        text: Of the decoder alone.
+        vision_layers: Layers of the vision tower.
+        feature_layer: Layer whose output feeds the projector, counted from 1.
+        has_cls: Whether the tower has a [CLS] token.
+        rotary_axes: Axes of the decoder's positions: 1, or 3 for time, height and width.
+        vision_parameters, projector_parameters: Weights of their matrices.
+        dtype: Name of the weights' dtype, `float32` or the like.
+    """
+
+    text: TextModelFacts
+    vision_layers: int
+    feature_layer: int
+    has_cls: bool
+    rotary_axes: int
+    vision_parameters: int
+    projector_parameters: int
+    dtype: str
+
+
+@runtime_checkable
+class VisionLanguageModel(Protocol):
+    """Answers questions about images."""
+
+    name: str
+    tokenizer: Tokenizer
+    facts: VisionLanguageFacts
+
+    def answer(self, prompt: VisualPrompt, decoding: Decoding) -> VisualAnswer:
+        """Answer a question about an image."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedDiffusionFacts(TextModelFacts):
+    """Sizes of a masked-diffusion language model.
+
+    Attributes:
+        mask_id: Id that stands for a token which is not yet decided.
+        is_shifted: Whether the network's output at position i is about the token at i + 1, as in
+            models that were made from causal ones (Dream); else about the token at i (LLaDA).
+            A `Canvas` hides it: its logits at i are always about the token at i.
+    """
+
+    mask_id: int
+    is_shifted: bool = False
+
+    def flops(self, forward: Forward, logits: int | None = None) -> float:
+        """Return the operations of one forward, in which every position sees every other.
+
+        Args:
+            forward: `width` positions run, beside `context` ones whose keys and values are kept.
+            logits: Positions run through the output head; all of them when None.
+        """
+        headless = 0 if logits is None else forward.width - logits
+        matrices = 2.0 * (self.matrix_parameters * forward.width - self.head_parameters * headless)
+        attended = forward.width * (forward.context + forward.width)
+        return matrices + 4.0 * self.num_layers * self.num_heads * self.head_dim * attended
+
+
+@runtime_checkable
+class Canvas(Protocol):
+    """A batch of sequences of which every position sees all others, and forwards over parts.
+
+    Attributes:
+        length: Positions of every row, padding included.
+    """
+
+    length: int
+
+    def denoise(
+        self, token_ids: Tensor, first: int, wanted: range, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Run positions from `first` on; the others are seen as they were when last run.
+
+        The positions' keys and values replace those that are kept, if the canvas keeps any.
+
+        Args:
+            token_ids: Ids at `first`, `first + 1`, ..., (rows, width). Positions behind them that
+                are kept are seen too.
+            first: Place of the first of them. For a shifted model the one before `wanted` must be
+                among them, if there is one.
+            wanted: Positions whose logits are returned, all of them among those that are run.
+            rows: Which rows of the batch these are; all when None.
+
+        Returns:
+            Logits about the tokens *at* the wanted positions, (rows, wanted, vocab), float32.
+        """
+        ...
+
+    def cut(self, ends: Sequence[int]) -> None:
+        """Let each row end before a position; what stands from there on is seen no more."""
+        ...
+
+
+@runtime_checkable
+class MaskedDiffusionLM(Protocol):
+    """A language model that fills in masks anywhere, in any order and several at a time."""
+
+    name: str
+    tokenizer: Tokenizer
+    facts: MaskedDiffusionFacts
+
+    def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
+        """Continue `prompt_ids`, one token a forward; `max_new_tokens` masks are filled in."""
+        ...
+
+    def canvas(self, padding: Sequence[int], length: int, *, keeps: bool) -> Canvas:
+        """Open a batch of rows.
+
+        Args:
+            padding: Positions at the left end of each row that nobody sees.
+            length: Positions of a row, these included.
+            keeps: Whether keys and values are kept for forwards over parts of the sequence.
+        """
         ...
 
     def synchronize(self) -> None:

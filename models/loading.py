@@ -25,10 +25,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from models.cache import cache_dir
 
 if TYPE_CHECKING:
-    from models.base import TextEncoder, TextGenerator, TokenizedLM
+    from models.base import (
+        MaskedDiffusionLM,
+        TextEncoder,
+        TextGenerator,
+        TokenizedLM,
+        VisionLanguageModel,
+    )
     from models.text import CausalLM
 
-    Model = TextGenerator | TextEncoder | TokenizedLM
+    Model = TextGenerator | TextEncoder | TokenizedLM | VisionLanguageModel | MaskedDiffusionLM
 
 _EMBEDDED = Path(__file__).parent / "embedded"
 _DONORS = _EMBEDDED / "donors"
@@ -211,7 +217,7 @@ def load(
     from models.base import Unsupported
 
     settings = settings or LoadSettings()
-    offered = capabilities(model_id)
+    offered = capabilities(model_id, settings.revision)
     if offered and capability not in offered:
         raise Unsupported(
             f"'{model_id}' is no {capability}; it can be loaded as {' or '.join(offered)}."
@@ -232,16 +238,35 @@ def load(
         from models.tokenized import load_tokenized
 
         return load_tokenized(folder, model_id, settings, tokenizer_folder)
+    if capability == "VisionLanguageModel":
+        from models.vision_language import load_vision_language
+
+        return load_vision_language(folder, model_id, settings, tokenizer_folder)
+    if capability == "MaskedDiffusionLM":
+        from models.masked_diffusion import load_masked_diffusion
+
+        return load_masked_diffusion(folder, model_id, settings, tokenizer_folder)
     raise Unsupported(f"no model here can be loaded as {capability}.")
 
 
-def capabilities(model_id: str) -> tuple[str, ...]:
-    """Return what an embedded model can be loaded as; () for others: their files decide.
+def capabilities(model_id: str, revision: str = "main") -> tuple[str, ...]:
+    """Return what a model can be loaded as, as far as that is known without loading it.
+
+    An embedded model's card says it; of others the folder does, if it is there, where they are
+    masked-diffusion models, and () is returned where loading them will tell.
 
     Raises:
         ModelError: There is no embedded model of that name.
     """
-    return () if ":" in model_id else tuple(_embedded_card(model_id)["capabilities"])
+    if ":" not in model_id:
+        return tuple(_embedded_card(model_id)["capabilities"])
+    from models.masked_diffusion_files import is_masked_diffusion
+
+    try:
+        folder = fetch(model_id, offline=True, revision=revision)
+    except ModelError:
+        return ()
+    return ("MaskedDiffusionLM",) if is_masked_diffusion(folder) else ()
 
 
 def load_text_generator(
@@ -271,18 +296,36 @@ def load_causal_module(
 ) -> tuple[Any, Any]:
     """Load a `…ForCausalLM` of transformers and its tokenizer; see `load_text_generator`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from models.wedlm import causal_config
 
     try:
         with quiet_transformers():
-            module: Any = AutoModelForCausalLM.from_pretrained(
+            renamed = causal_config(folder)
+            config: Any = renamed or AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            if weights := _weights_file(model_id):
+                config.transformers_weights = weights
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
+                output_loading_info=True,
                 dtype=getattr(torch, settings.dtype_name()),
                 attn_implementation=settings.attention,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
             )
+            module, found = loaded
+            # transformers leaves what is missing at random, and what it does not know away.
+            wrong = sorted({*found["missing_keys"], *(found["unexpected_keys"] if renamed else ())})
+            if wrong:
+                raise ModelError(
+                    f"'{model_id}' cannot be loaded: its files and its {type(module).__name__} do "
+                    f"not agree about {len(wrong)} weights, {wrong[0]} for one."
+                )
             module.to(settings.device_name())
             tokenizer = AutoTokenizer.from_pretrained(
                 tokenizer_folder, local_files_only=True, trust_remote_code=False
@@ -310,10 +353,15 @@ def tokenizer_folder_of(model_id: str, folder: Path, offline: bool) -> Path:
     return fetch(owner, offline=offline) if owner else folder
 
 
+def _weights_file(model_id: str) -> str | None:
+    """Return which file holds an embedded model's weights, where its folder holds several."""
+    return None if ":" in model_id else _embedded_card(model_id).get("weights")
+
+
 def _embedded_folder(model_id: str) -> Path:
     card = _embedded_card(model_id)
     if "package" not in card:
-        return _EMBEDDED / model_id.replace("-", "_")
+        return _EMBEDDED / str(card.get("folder", model_id.replace("-", "_")))
     package = card["package"]
     # The converter's own version: raise it when `_convert_gguf` changes what it writes.
     return cache_dir() / "models" / f"{model_id}-{package['version']}-v1"
