@@ -487,7 +487,10 @@ def test_the_oracle_counts_its_first_decoding_apart() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"filter": "blok"}, r"one of block, shared, confidence, oracle, \*\.safetensors, got"),
+        (
+            {"filter": "blocks"},
+            r"one of block, shared, confidence, oracle, \*\.safetensors, got",
+        ),
         ({"filter": "oracle"}, "end_prediction must be 'none'"),
         ({"accept_threshold": 1.5}, "accept_threshold must lie in"),
         ({"end_prediction": "always"}, "end_prediction must be one of none, filter, shrink"),
