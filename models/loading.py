@@ -355,7 +355,7 @@ def tokenizer_folder_of(model_id: str, folder: Path, offline: bool) -> Path:
 
 def _weights_file(model_id: str) -> str | None:
     """Return which file holds an embedded model's weights, where its folder holds several."""
-    return None if ":" in model_id else _embedded_card(model_id).get("weights")
+    return _embedded_card(model_id).get("weights") if model_id in embedded_models() else None
 
 
 def _embedded_folder(model_id: str) -> Path:
