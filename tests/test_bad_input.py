@@ -56,8 +56,8 @@ SUITES: dict[str, tuple[str | bytes, str]] = {
     "unknown key": (SUITE + "\n[extra]\na = 1\n", "has no key 'extra'"),
     "near key": ("model = []\n" + SUITE, r"Did you mean 'models'\?"),
     "unknown key of a task": (
-        SUITE + "limits = 3\n",
-        r"task\[0\] has no key 'limits'\. Did you mean 'limit'\?",
+        SUITE + "limitt = 3\n",
+        r"task\[0\] has no key 'limitt'\. Did you mean 'limit'\?",
     ),
     "no models": (SUITE.replace('"smollm2-135m"', ""), "models is empty"),
     "no tasks": (SUITE.partition("[[task]]")[0], "needs 'task'"),
