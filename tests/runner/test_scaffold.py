@@ -13,6 +13,8 @@ from runner.registry import ROOT, Registry
 from runner.request import UsageError
 from runner.scaffold import scaffold
 
+PLANNED = next(e for e in Registry().entries("method").values() if e.status == "planned")
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
@@ -73,7 +75,7 @@ def test_a_planned_method_keeps_its_card(checkout: Path) -> None:
     [
         ("method", "My_Pruner", "lower-case letters"),
         ("method", "token-recycling", "there is a method named 'token-recycling' already"),
-        ("method", "hiprune", "planned in the family 'visual_pruning'"),
+        ("method", PLANNED.name, f"planned in the family '{PLANNED.family}'"),
         ("task", "humaneval", "there is a task named 'humaneval' already"),
     ],
 )
