@@ -324,6 +324,7 @@ class Stopped(Exception):
     """Stands for the signal that ends a process."""
 
 
+@pytest.mark.slow  # as that of tiny-vlm
 def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PRINT_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(train, "SMOKE_BATCH", 1)

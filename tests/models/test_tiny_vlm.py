@@ -310,6 +310,7 @@ class _Examiner:
         return {"letter": marks, "direct": marks}
 
 
+@pytest.mark.slow  # half a minute; the shared part is tested on smaller recipes
 def test_a_training_stopped_in_several_stages_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "PRINT_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(train, "finish", lambda *given: None)
