@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,9 +63,6 @@ from models.vision_language_towers import (
     Watch,
 )
 from models.wrapper import Wrapper
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 # Around a question where a folder brings no template of its own: LLaVA-1.5's.
 _PLAIN_TEMPLATE = "USER: {image}\n{text} ASSISTANT:"
@@ -385,7 +382,8 @@ class VisionLanguage:
         count = seen.num_patches
         choice = plan.reduce(seen) if plan.reduce else torch.arange(count, device=self.device)
         anchors = choice.anchors if isinstance(choice, Merged) else choice
-        check_choice(anchors[anchors >= 0] if isinstance(choice, Merged) else anchors, count)
+        in_front = int((anchors < 0).sum()) if isinstance(choice, Merged) else 0
+        check_choice(anchors[in_front:], count)
         if plan.wanted is not None:
             check_count(len(anchors), plan.wanted(count))
         return choice
@@ -639,19 +637,8 @@ def _put_in_front(tokens: PromptTokens, embeddings: Tensor, place: int) -> Promp
 
 def _notes(work: VisualWork) -> dict[str, float | int | str]:
     """Return the counts as a trace's notes."""
-    names = (
-        "positions",
-        "visual_tokens",
-        "kept_tokens",
-        "separator_tokens",
-        "mean_visual_tokens",
-        "encoder_flops",
-        "projector_flops",
-        "selector_flops",
-        "prefill_flops",
-        "decode_flops",
-        "kv_cache_bytes",
-    )
+    names = [each.name for each in fields(work)]
+    names.remove("layer_tokens")  # a note is one number
     return {name: getattr(work, name) for name in names}
 
 

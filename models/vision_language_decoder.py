@@ -215,10 +215,6 @@ class StageView:
         Returns:
             Shares of the full causal attention row, (tokens,), float32.
         """
-        return self.attention_by_head(rows, layer=layer).mean(0)
-
-    def attention_by_head(self, rows: Tensor, *, layer: Literal["this", "next"] = "this") -> Tensor:
-        """Return `attention_from` for each head, (heads, tokens)."""
         decoder = self._decoder
         number = self._layer - 1 if layer == "this" else self._layer
         block = decoder.layers[number]
@@ -242,7 +238,7 @@ class StageView:
         heads = queries.shape[1]
         self.count(sums_flops(heads, len(rows), keys.shape[1], size))
         sums = attention_sums(queries[0], keys, scale=float(attention.scaling), last_visible=rows)
-        return sums / len(rows)
+        return sums.mean(0) / len(rows)
 
 
 class PrunableDecoder:
@@ -292,7 +288,16 @@ class PrunableDecoder:
         return sum(self._layer_parameters) + int(self._head.weight.numel())
 
     def open(self, capacity: int) -> None:
-        """Forget the last prompt and make room for `capacity` tokens in each layer."""
+        """Forget the last prompt and make room for `capacity` tokens in each layer.
+
+        Raises:
+            models.base.Unsupported: So many do not fit the window of a layer: its cache has none.
+        """
+        if self._window is not None and capacity > self._window:
+            raise Unsupported(
+                f"{capacity} tokens of prompt and answer exceed the decoder's attention window of "
+                f"{self._window}."
+            )
         self._memory = [PreallocatedLayer(capacity) for _ in self.layers]
         self._cache = Cache(layers=list(self._memory))
         # Position of the next token of the answer, by layer.
@@ -327,8 +332,7 @@ class PrunableDecoder:
             Logits after the last token, (1, vocab), float32, and the operations of the stages.
 
         Raises:
-            models.base.Unsupported: The prompt exceeds the window of a layer, or a stage stands
-                behind a layer that does not exist.
+            models.base.Unsupported: A stage stands behind a layer that does not exist.
             models.base.InvalidOutput: A stage left another number of patches than it had to.
         """
         by_layer = {stage.after: stage for stage in stages}
@@ -336,11 +340,6 @@ class PrunableDecoder:
             raise Unsupported(
                 f"tokens cannot leave behind layer {wrong[0]}: the decoder has layers 1 to "
                 f"{self.num_layers}."
-            )
-        if self._window is not None and len(tokens) > self._window:
-            raise Unsupported(
-                f"a prompt of {len(tokens)} tokens exceeds the decoder's attention window of "
-                f"{self._window}."
             )
         embedded, stage_flops = tokens, 0.0
         rotary = self._rotate(tokens)

@@ -271,10 +271,8 @@ class ClipTower:
                 f"LLaVA's towers are run here where they are a CLIPVisionModel, not a "
                 f"{type(self._tower).__name__}."
             )
-        chosen, strategy = (
-            module.config.vision_feature_layer,
-            (module.config.vision_feature_select_strategy),
-        )
+        chosen = module.config.vision_feature_layer
+        strategy = module.config.vision_feature_select_strategy
         if not isinstance(chosen, int) or strategy != "default":
             raise Unsupported(
                 f"the projector must read the patches of one vision layer; this model's reads "
@@ -485,9 +483,10 @@ class QwenTower:
             visual.permute_input_for_window_attn(each, windows, seq_len=count) for each in positions
         )
         encoded = Encoded(states, self._layout(grid))
+        # As numbers too, read back from the device once and not for every block.
+        spans = [(ends, ends.tolist()) for ends in (window_ends, whole)]
         for number, block in enumerate(visual.blocks, start=1):
-            is_whole = number - 1 in visual.fullatt_block_indexes
-            ends = whole if is_whole else window_ends
+            ends, bounds = spans[number - 1 in visual.fullatt_block_indexes]
             with captured_output(block.attn.qkv) as outputs:
                 states = block(
                     states,
@@ -497,9 +496,9 @@ class QwenTower:
                 )
             if number in watch.layers:
                 self._summarise(
-                    encoded, number, watch, outputs[0], (cos, sin), ends.tolist(), back, block.attn
+                    encoded, number, watch, outputs[0], (cos, sin), bounds, back, block.attn
                 )
-            encoded.flops += self._block_flops(block, ends.tolist())
+            encoded.flops += self._block_flops(block, bounds)
         encoded.flops += 2.0 * self._embedding_parameters * count
         encoded.features = states.view(-1, self._group, states.shape[-1])[back].flatten(1)
         return encoded

@@ -103,6 +103,17 @@ def tile_budgets(layout: VisualLayout, budget: int) -> list[int]:
     return share_out(torch.bincount(layout.patch_tile, minlength=layout.num_tiles).tolist(), budget)
 
 
+def shared_tiles(layout: VisualLayout, budget: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield the numbers of each tile's patches, (own,), and how many of them the budget allows.
+
+    Args:
+        layout: Where the patches stand.
+        budget: Shared by `tile_budgets`.
+    """
+    for tile, share in enumerate(tile_budgets(layout, budget)):
+        yield (layout.patch_tile == tile).nonzero().flatten(), share
+
+
 def share_out(room: Sequence[int], budget: int) -> list[int]:
     """Share a budget equally as far as there is room; what does not divide goes to the first."""
     levels = range(max(room, default=0) + 1)
@@ -202,30 +213,31 @@ def greedy_by(
         count: How many are chosen.
         score: From distances, (tokens,), to what is maximised, (tokens,).
     """
-    chosen = [first]
+    # Numbers stay tensors with an axis: one without is read back from the device at every step.
+    chosen = [first.view(1)]
     nearest = torch.full((len(vectors),), -torch.inf, device=vectors.device)
     taken = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
     for _ in range(count - 1):
-        taken[chosen[-1]] = True
-        nearest = torch.maximum(nearest, vectors @ vectors[chosen[-1]])
+        taken.index_fill_(0, chosen[-1], True)
+        nearest = torch.maximum(nearest, vectors @ vectors[chosen[-1]][0])
         # Rounding may put a cosine above 1; a distance is not negative.
         distance = (1 - nearest).clamp_(min=0)
         scores = score(distance).masked_fill(taken, -torch.inf)
-        if not float(scores.max()) > 0:
-            scores = distance.masked_fill(taken, -torch.inf)
-        chosen.append(scores.argmax())
-    return torch.stack(chosen)
+        by_distance = distance.masked_fill(taken, -torch.inf)
+        scores = torch.where(scores.max() > 0, scores, by_distance)
+        chosen.append(scores.argmax(0, keepdim=True))
+    return torch.cat(chosen)
 
 
 def greedy_maxsum(vectors: Tensor, first: Tensor, count: int) -> Tensor:
     """Choose vectors with the largest sum of distances to all chosen ones; see `greedy_maxmin`."""
-    chosen = [first]
+    chosen = [first.view(1)]
     similarity = torch.zeros(len(vectors), device=vectors.device)
     for _ in range(count - 1):
-        similarity += vectors @ vectors[chosen[-1]]
-        similarity[chosen[-1]] = torch.inf
-        chosen.append(similarity.argmin())
-    return torch.stack(chosen)
+        similarity += vectors @ vectors[chosen[-1]][0]
+        similarity.index_fill_(0, chosen[-1], torch.inf)
+        chosen.append(similarity.argmin(0, keepdim=True))
+    return torch.cat(chosen)
 
 
 def greedy_flops(tokens: int, width: int, count: int) -> float:

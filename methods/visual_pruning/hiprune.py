@@ -27,7 +27,7 @@ from methods.visual_pruning.common import (
     VisualTokenMethod,
     neighbours,
     require_share,
-    tile_budgets,
+    shared_tiles,
     top_k,
 )
 from models.base import Unsupported, VisionLanguageFacts
@@ -99,8 +99,7 @@ class HiPrune(VisualTokenMethod):
         layout = seen.layout
         middle, last = (self._scores(seen.encoded, layer) for layer in (middle_layer, last_layer))
         kept = []
-        for tile, share in enumerate(tile_budgets(layout, self.budget(seen.num_patches))):
-            own = (layout.patch_tile == tile).nonzero().flatten()
+        for own, share in shared_tiles(layout, self.budget(seen.num_patches)):
             places = layout.patch_place[own]
             chosen = self.select(middle[own], last[own], places, grid=layout.grid, budget=share)
             kept.append(own[chosen])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.visual_pruning.common import VisualTokenMethod, tile_budgets, tile_grid
+from methods.visual_pruning.common import VisualTokenMethod, shared_tiles, tile_grid
 from models.vision_language import Merged, Seen, VisionLanguage, VisualPlan
 from models.vision_language_towers import Grid
 
@@ -32,8 +32,7 @@ class Pooling(VisualTokenMethod):
     def _reduce(self, seen: Seen) -> Merged:
         layout = seen.layout
         anchors, means = [], []
-        for tile, share in enumerate(tile_budgets(layout, self.budget(seen.num_patches))):
-            own = (layout.patch_tile == tile).nonzero().flatten()
+        for own, share in shared_tiles(layout, self.budget(seen.num_patches)):
             weights, middles = cells(tile_grid(layout, own), share)
             weights = weights.to(seen.projected.device, seen.projected.dtype)
             seen.count(2.0 * weights.numel() * seen.projected.shape[1])

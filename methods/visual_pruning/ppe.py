@@ -330,11 +330,17 @@ def deal_out(members: Sequence[Tensor]) -> Tensor:
     """Return the positions of a token made of tokens with several each, dealt out in turn.
 
     Slot s goes to member s modulo the members, which gives the first of its positions that it has
-    not given yet: {2, 2, 6, 6} and {7, 5, 9, 14} make {2, 7, 6, 5}, as in the paper's figure.
+    not given yet: {2, 2, 6, 6} and {7, 5, 9, 14} make {2, 7, 6, 5}, as in the paper's figure. A
+    token that no other is merged with is not dealt: it stays where it was, slot by slot.
 
     Args:
         members: (axes, slots) each.
+
+    Returns:
+        (axes, slots).
     """
+    if len(members) == 1:
+        return members[0]
     hands = []
     for slots in members:
         # Each position once, in order; a position is one number of every axis.

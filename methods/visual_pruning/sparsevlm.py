@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -71,10 +72,10 @@ class SparseVLM(VisualTokenMethod):
             raise Unsupported(
                 f"sparsevlm needs room for three steps; '{model.name}' has {layers} layers."
             )
-        stages = [self._stage(number, after, layers) for number in range(len(after))]
+        stages = [self._stage(number, tuple(after), layers) for number in range(len(after))]
         return VisualPlan(stages=tuple(stages), positions=self.positions, separators="rows")
 
-    def _stage(self, number: int, after: Sequence[int], layers: int) -> Stage:
+    def _stage(self, number: int, after: tuple[int, ...], layers: int) -> Stage:
         def counts(tokens: int) -> Counts:
             return schedule(self.keep_ratio, tokens, after, layers, self.recycled)[number]
 
@@ -144,7 +145,6 @@ def insert(tokens: PromptTokens, others: PromptTokens, place: int) -> PromptToke
     """Return tokens with others put in front of the one at `place`."""
     index = torch.arange(len(tokens), device=tokens.kind.device)
     first, last = tokens.take(index[:place]), tokens.take(index[place:])
-    values = [part.positions.values for part in (first, others, last)]
     parts = (first, others, last)
     return PromptTokens(
         torch.cat([part.states for part in parts]),
@@ -152,14 +152,17 @@ def insert(tokens: PromptTokens, others: PromptTokens, place: int) -> PromptToke
         torch.cat([part.tile for part in parts]),
         torch.cat([part.line for part in parts]),
         torch.cat([part.origin for part in parts]),
-        replace(tokens.positions, values=torch.cat(values, 1)),
+        replace(tokens.positions, values=torch.cat([part.positions.values for part in parts], 1)),
     )
 
 
+@cache
 def schedule(
-    keep_ratio: float, tokens: int, after: Sequence[int], layers: int, recycled: float
-) -> list[Counts]:
+    keep_ratio: float, tokens: int, after: tuple[int, ...], layers: int, recycled: float
+) -> tuple[Counts, ...]:
     """Return the tokens of each step, for an average over the layers.
+
+    Searched once for each number of tokens: stages ask for it while the clock runs.
 
     Args:
         keep_ratio: The average.
@@ -191,7 +194,7 @@ def schedule(
     return _steps(high, tokens, recycled)
 
 
-def _steps(place: float, tokens: int, recycled: float) -> list[Counts]:
+def _steps(place: float, tokens: int, recycled: float) -> tuple[Counts, ...]:
     """Return the steps at a place between the authors' lists, 0 for all tokens."""
     number = min(int(place), len(_LISTS) - 2)
     share = place - number
@@ -205,4 +208,4 @@ def _steps(place: float, tokens: int, recycled: float) -> list[Counts]:
         merged = min(candidates // 10 + 1, candidates)
         found.append(Counts(kept, candidates, merged))
         present = kept + merged
-    return found
+    return tuple(found)

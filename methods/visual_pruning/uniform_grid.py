@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.visual_pruning.common import VisualTokenMethod, spread_evenly, tile_budgets, tile_grid
+from methods.visual_pruning.common import VisualTokenMethod, shared_tiles, spread_evenly, tile_grid
 from models.vision_language import Seen, VisionLanguage, VisualPlan
 from models.vision_language_towers import Grid
 
@@ -29,11 +29,10 @@ class UniformGrid(VisualTokenMethod):
 
     def _reduce(self, seen: Seen) -> Tensor:
         layout = seen.layout
-        shares = tile_budgets(layout, self.budget(seen.num_patches))
-        kept = []
-        for tile, share in enumerate(shares):
-            own = (layout.patch_tile == tile).nonzero().flatten()
-            kept.append(own[evenly_spaced(tile_grid(layout, own), share).to(own.device)])
+        kept = [
+            own[evenly_spaced(tile_grid(layout, own), share).to(own.device)]
+            for own, share in shared_tiles(layout, self.budget(seen.num_patches))
+        ]
         return torch.cat(kept).sort().values
 
 

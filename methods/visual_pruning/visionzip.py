@@ -22,7 +22,7 @@ from methods.visual_pruning.common import (
     VisualTokenMethod,
     normalised,
     require_share,
-    tile_budgets,
+    shared_tiles,
     top_k,
 )
 from models.base import Unsupported
@@ -67,8 +67,7 @@ class VisionZip(VisualTokenMethod):
         # Without [CLS] what a token receives from all others stands in for its attention.
         received = encoded.cls[layer].sum(0) if layer in encoded.cls else encoded.received[layer]
         anchors, features = [], []
-        for tile, share in enumerate(tile_budgets(layout, self.budget(seen.num_patches))):
-            own = (layout.patch_tile == tile).nonzero().flatten()
+        for own, share in shared_tiles(layout, self.budget(seen.num_patches)):
             contextual = round(share * self.contextual_share)
             chosen = merge(
                 received[own],

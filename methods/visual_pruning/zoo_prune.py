@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -129,9 +130,9 @@ class ZooPrune(VisualTokenMethod):
         total = torch.zeros(tokens, dtype=features.dtype, device=features.device)
         drawn = self.draw(1 if self.shared_directions else tokens, width)
         drawn = drawn.to(features.device, features.dtype)
+        lengths = self._lengths(parts, features[:, None])
         for start in range(0, self.directions, _DIRECTIONS_AT_ONCE):
-            along = drawn[:, start : start + _DIRECTIONS_AT_ONCE]
-            total += self._changes(parts, features[:, None], along).sum(1)
+            total += lengths(drawn[:, start : start + _DIRECTIONS_AT_ONCE]).sum(1)
         return total / self.directions
 
     def draw(self, sets: int, width: int) -> Tensor:
@@ -140,32 +141,49 @@ class ZooPrune(VisualTokenMethod):
         drawn = torch.randn(sets, self.directions, width, generator=generator, dtype=torch.float64)
         return drawn / drawn.norm(dim=-1, keepdim=True)
 
-    def _changes(self, parts: ProjectorParts, features: Tensor, along: Tensor) -> Tensor:
-        """Return the lengths of the changes, (tokens, directions).
+    def _lengths(self, parts: ProjectorParts, features: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what takes directions, (1 or tokens, directions, width), to lengths of changes.
+
+        What the directions have no part in is computed here, once for all of them.
 
         Args:
             parts: The projector.
             features: (tokens, 1, width).
-            along: (1 or tokens, directions, width).
+
+        Returns:
+            A function whose result is (tokens, directions).
         """
-        if self.estimator == "fd":
+
+        def differences(along: Tensor) -> Tensor:
             ahead, behind = (parts(features + way * self.step * along) for way in (1, -1))
             return (ahead - behind).norm(dim=-1) / (2 * self.step)
-        if self.estimator == "jvp":
+
+        def derivatives(along: Tensor) -> Tensor:
             spread = features.expand(-1, along.shape[1], -1)
             # Tensors that were made for inference only cannot be differentiated; copies can.
             with torch.inference_mode(False), torch.enable_grad():
                 change: Tensor = jvp(parts, spread.clone(), along.expand_as(spread).clone())[1]
             return change.norm(dim=-1)
-        inner = parts.inner(features)
-        slope = activation_slope(parts, parts.hidden(inner))
-        turned = parts.inner_change(features, along) @ parts.first.weight.T.to(features.dtype)
-        hidden = slope * turned
+
+        if self.estimator == "fd":
+            return differences
+        if self.estimator == "jvp":
+            return derivatives
+        slope = activation_slope(parts, parts.hidden(parts.inner(features)))
+        first = parts.first.weight.T.to(features.dtype)
         if self.estimator == "mlp":
-            return (hidden @ parts.second.weight.T.to(hidden.dtype)).norm(dim=-1)
-        values, vectors = spectrum(parts.second)
-        low = hidden @ vectors[:, : self.rank].to(hidden.dtype)
-        return (low * values[: self.rank].to(hidden.dtype)).norm(dim=-1)
+            second = parts.second.weight.T
+        else:
+            # Of V S U' the rotation U' changes no length.
+            values, vectors = spectrum(parts.second)
+            second = vectors[:, : self.rank] * values[: self.rank]
+        second = second.to(features.dtype)
+
+        def closed_form(along: Tensor) -> Tensor:
+            hidden = slope * (parts.inner_change(features, along) @ first)
+            return (hidden @ second).norm(dim=-1)
+
+        return closed_form
 
     def estimator_flops(self, parts: ProjectorParts, tokens: int) -> float:
         """Return the operations of the matrix products of the estimator."""

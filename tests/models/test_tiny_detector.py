@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from models.embedded.scenes import raster
 from models.embedded.scenes.generator import SHAPES, Draws, generate
@@ -48,7 +47,8 @@ from models.embedded.tiny_detector.text import (
 from models.embedded.tiny_detector.train import order_coordinates, take_over, write_files
 from models.embedded.tiny_vlm.network import TinyVlm, llava_config
 from models.embedded.tiny_vlm.text import EOS
-from models.embedded.training import Checkpoint, save_half
+from models.embedded.training import save_half
+from tests.models.stopped import Stopped, check_same, stopping
 
 FOLDER = Path(text.__file__).parent
 
@@ -320,35 +320,21 @@ def test_the_committed_folder_is_complete():
         assert (FOLDER / name).stat().st_size > 0
 
 
-class Stopped(Exception):
-    """Stands for the signal that ends a process."""
-
-
 @pytest.mark.slow  # as that of tiny-vlm
 def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PRINT_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(train, "SMOKE_BATCH", 1)
     monkeypatch.setattr(train, "finish", lambda *given: None)
     monkeypatch.setattr(data, "make", cache(data.make))
-    update = torch.optim.AdamW.step
 
-    def run(name: str, stop_in: str = "", steps_before: int = 0) -> None:
+    def run(name: str, *stop: Any) -> None:
         nowhere = tmp_path / "no weights"
         recipe = train.Recipe(tmp_path / name, nowhere, torch.device("cpu"), 5, 0.0001, None, 0)
-        steps = {"vision": 0, "requests": 0}
 
-        def step(optimizer, *given):
-            stage = "requests" if "vision" in recipe.stages_done else "vision"
-            steps[stage] += 1
-            if stage == stop_in and steps[stage] > steps_before:
-                raise Stopped
-            last = stage == stop_in and steps[stage] == steps_before
-            # The state is written after the last step before the stop.
-            monkeypatch.setattr(Checkpoint, "EVERY_SECONDS", 0.0 if last else 1e9)
-            return update(optimizer, *given)
+        def stage_now() -> str:
+            return "requests" if "vision" in recipe.stages_done else "vision"
 
-        with monkeypatch.context() as patched:
-            patched.setattr(torch.optim.AdamW, "step", step)
+        with stopping(stage_now, *stop):
             recipe.run()
 
     run("whole")
@@ -358,19 +344,10 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
         assert (tmp_path / "parted/checkpoint.safetensors").is_file()
     run("parted")
     folders = [tmp_path / "whole", tmp_path / "parted"]
-    whole, parted = (load_file(folder / "model.safetensors") for folder in folders)
-    assert whole.keys() == parted.keys()
-    assert all(torch.equal(whole[name], parted[name]) for name in whole)
-    assert not (tmp_path / "parted/checkpoint.safetensors").exists()
+    assert check_same(*folders) == 4 + 4
     for folder in folders:
         stages = json.loads((folder / "quality.json").read_text())["stages"]
         assert [(each["stage"], each["steps"]) for each in stages] == [
             ("vision", 4),
             ("requests", 4),
         ]
-    curves = [
-        [row[:2] + row[3:] for row in csv.reader((folder / "curve.csv").read_text().splitlines())]
-        for folder in folders
-    ]
-    assert curves[0] == curves[1]
-    assert len(curves[0]) == 1 + 4 + 4

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from models.embedded.scenes.font import CHARACTERS
 from models.embedded.scenes.generator import COLOUR_NAMES, SHAPES, WORDS, generate
@@ -31,7 +29,8 @@ from models.embedded.tiny_vlm.batches import Mix, compose, numpy_rows, vision_la
 from models.embedded.tiny_vlm.evaluate import Examiner, prompt_start, visual_embeddings
 from models.embedded.tiny_vlm.network import PATCHES, Layout, TinyVlm, llava_config
 from models.embedded.tiny_vlm.train import words_entropy, write_files
-from models.embedded.training import Checkpoint, save_half
+from models.embedded.training import save_half
+from tests.models.stopped import Stopped, check_same, stopping
 
 FOLDER = Path(text.__file__).parent
 CPU = torch.device("cpu")
@@ -290,10 +289,6 @@ def test_the_committed_folder_is_complete():
         assert (FOLDER / name).stat().st_size > 0
 
 
-class Stopped(Exception):
-    """Stands for the signal that ends a process."""
-
-
 class _Examiner:
     """Marks that hang on the weights, without asking anything."""
 
@@ -321,24 +316,14 @@ def test_a_training_stopped_in_several_stages_goes_on_bit_for_bit(tmp_path, monk
     short = [stage.mix and stage.mix._replace(letters=2, directs=2) for stage in train.STAGES]
     stages = [stage._replace(mix=mix) for stage, mix in zip(train.STAGES, short, strict=True)]
     monkeypatch.setattr(train, "STAGES", tuple(stages))
-    update = torch.optim.AdamW.step
 
-    def run(name: str, stop_in: str = "", steps_before: int = 0) -> None:
+    def run(name: str, *stop: Any) -> None:
         recipe = train.Recipe(tmp_path / name, CPU, 5, 0.0005, None, 0, False)
-        steps = Counter()
 
-        def step(optimizer, *given):
-            stage = next(stage.name for stage in stages if stage.name not in recipe.stages_done)
-            steps[stage] += 1
-            if stage == stop_in and steps[stage] > steps_before:
-                raise Stopped
-            last = stage == stop_in and steps[stage] == steps_before
-            # The state is written after the last step before the stop.
-            monkeypatch.setattr(Checkpoint, "EVERY_SECONDS", 0.0 if last else 1e9)
-            return update(optimizer, *given)
+        def stage_now() -> str:
+            return next(stage.name for stage in stages if stage.name not in recipe.stages_done)
 
-        with monkeypatch.context() as patched:
-            patched.setattr(torch.optim.AdamW, "step", step)
+        with stopping(stage_now, *stop):
             recipe.run()
 
     run("whole")
@@ -351,18 +336,10 @@ def test_a_training_stopped_in_several_stages_goes_on_bit_for_bit(tmp_path, monk
     assert "joint step 2" in (said := capsys.readouterr().out)
     assert "joint step 1" not in said  # it goes on, and does not begin anew
     folders = [tmp_path / "whole", tmp_path / "parted"]
-    whole, parted = (load_file(folder / "model.safetensors") for folder in folders)
-    assert whole.keys() == parted.keys()
-    assert all(torch.equal(whole[name], parted[name]) for name in whole)
-    assert not (tmp_path / "parted/checkpoint.safetensors").exists()
+    check_same(*folders)
     facts = [json.loads((folder / "quality.json").read_text()) for folder in folders]
     for each in facts:
         assert [(stage["stage"], stage["steps"]) for stage in each["stages"]] == [
             (stage.name, 4) for stage in stages
         ]
     assert facts[0]["validation"] == facts[1]["validation"]
-    curves = [
-        [row[:2] + row[3:] for row in csv.reader((folder / "curve.csv").read_text().splitlines())]
-        for folder in folders
-    ]
-    assert curves[0] == curves[1]

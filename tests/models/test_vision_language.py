@@ -429,6 +429,29 @@ def test_a_stage_behind_the_last_layer_changes_nothing_and_a_later_one_is_refuse
         model.run(question, LONG, VisualPlan(stages=(Stage(after=7, choose=half),)))
 
 
+def test_a_merged_token_in_front_must_come_first() -> None:
+    model = model_of("llava")
+
+    def misplaced(seen: Any) -> Merged:
+        return Merged(torch.tensor([2, -1, 5]), embeddings=seen.projected[:3])
+
+    with pytest.raises(InvalidOutput, match="ascending numbers"):
+        model.run(prompt(shape="square"), LONG, VisualPlan(reduce=misplaced))
+
+
+def test_an_answer_that_would_pass_the_window_of_a_layer_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("llava")
+    question = prompt(shape="square")
+    tokens = model.answer(question, LONG).work.layer_tokens[0]
+    # The prompt fits by itself, and so does an answer of two tokens.
+    monkeypatch.setattr(model.decoder, "_window", tokens + 3)
+    model.answer(question, Decoding(max_new_tokens=2, ignore_eos=True))
+    with pytest.raises(Unsupported, match="prompt and answer exceed the decoder's attention win"):
+        model.answer(question, LONG)
+
+
 def test_merged_tokens_stand_in_the_place_of_their_anchors() -> None:
     """Every second patch, given as features and as embeddings, is the same as choosing it."""
     model = model_of("llava-next")

@@ -188,7 +188,8 @@ def test_members_are_chosen_by_their_rules() -> None:
 def test_positions_are_dealt_out_as_in_the_papers_figure() -> None:
     first, second = torch.tensor([[2, 2, 6, 6]]), torch.tensor([[7, 5, 9, 14]])
     assert deal_out([first, second]).tolist() == [[2, 7, 6, 5]]
-    assert deal_out([first]).tolist() == [[2, 6, 2, 6]]
+    # A token that is merged with no other keeps each position in its slot.
+    assert deal_out([first]).tolist() == [[2, 2, 6, 6]]
     # A position is one number of every axis; they are never mixed.
     grid = torch.tensor([[0, 0, 0, 0], [1, 1, 2, 2], [3, 4, 3, 4]])
     other = grid + 10
@@ -265,17 +266,23 @@ def test_the_cascade_merges_again_between_layers(architecture: Any, placement: A
     plain = first_logits(Ppe(keep_ratio=0.5, groups=2, placement=placement), architecture, "square")
     merged = first_logits(method, architecture, "square")
     assert not torch.equal(plain, merged)
-    alone = Ppe(keep_ratio=0.5, groups=2, placement=placement, cascade=(2, 4), cascade_ratio=1.0)
-    if placement == "ppe":
-        # Every token alone: its own positions, each of them once, are dealt back to it.
-        found = first_logits(alone, architecture, "square")
-        assert found.shape == plain.shape
 
 
-def test_a_cascade_that_merges_nothing_changes_nothing_where_each_token_has_one_place() -> None:
-    plain = first_logits(Ppe(keep_ratio=0.5, placement="centre"))
-    kept = first_logits(Ppe(keep_ratio=0.5, placement="centre", cascade=(3,), cascade_ratio=1.0))
-    assert torch.equal(plain, kept)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("placement", "groups"), [("centre", 1), ("ppe", 1), ("ppe", 2)])
+def test_a_cascade_that_merges_nothing_changes_nothing(
+    architecture: Any, placement: Any, groups: int
+) -> None:
+    method = Ppe(keep_ratio=0.3, groups=groups, placement=placement)
+    kept = replace(method, cascade=(3,), cascade_ratio=1.0)
+    assert torch.equal(first_logits(method, architecture), first_logits(kept, architecture))
+
+
+def test_a_cascade_leaves_a_token_that_stays_alone_at_all_its_places() -> None:
+    """Three slots: each position once, in turn, would be (1, 2, 1) for (1, 1, 2)."""
+    method = Ppe(keep_ratio=0.3, groups=3)
+    kept = replace(method, cascade=(3,), cascade_ratio=1.0)
+    assert torch.equal(first_logits(method), first_logits(kept))
 
 
 def test_the_answer_goes_on_from_the_position_that_the_words_have() -> None:

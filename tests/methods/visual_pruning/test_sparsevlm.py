@@ -88,7 +88,7 @@ def test_raters_attention_ranks_and_the_best_of_the_rest_is_merged_behind(
             found = stage.choose(view)
             words = (tokens.kind == TEXT_AFTER).nonzero().flatten()[raters(view.embedded)]
             scores = view.attention_from(words)[tokens.patches]
-            wanted = schedule(0.5, view.num_patches, after, 6, 0.3)[len(checked)]
+            wanted = schedule(0.5, view.num_patches, (1, 2, 3), 6, 0.3)[len(checked)]
             ranked = top_k(scores, len(scores))
             kept = tokens.patches[ranked[: wanted.kept].sort().values]
             again = ranked[wanted.kept : wanted.kept + wanted.candidates].sort().values
@@ -108,7 +108,6 @@ def test_raters_attention_ranks_and_the_best_of_the_rest_is_merged_behind(
 
         return replace(stage, choose=choose)
 
-    after = [stage.after for stage in plan.stages]
     watching = replace(plan, stages=tuple(watched(stage) for stage in plan.stages))
     work = model.run(question(), Decoding(max_new_tokens=2), watching).work
     assert len(checked) == 3

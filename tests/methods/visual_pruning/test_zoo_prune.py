@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from methods.visual_pruning.common import greedy_maxmin, normalised, top_k
 from methods.visual_pruning.zoo_prune import ZooPrune, select
@@ -246,6 +247,20 @@ def test_operations_are_those_of_the_products() -> None:
         ).work.selector_flops
         == expected["fd"]
     )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("estimator", ["fd", "mlp", "gram"])
+def test_the_estimators_products_are_those_that_torch_counts(
+    estimator: Any, shared: bool, norm: bool
+) -> None:
+    # As a function: the counter cannot follow gradients through a module.
+    projector, features = parts(norm=norm, activation=nn.functional.gelu), tokens()
+    method = ZooPrune(estimator=estimator, shared_directions=shared, rank=5)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        method.sensitivity(projector, features)
+    assert counter.get_total_flops() == method.estimator_flops(projector, len(features))
 
 
 def test_the_norm_control_takes_lengths_and_pre_compares_in_front_of_the_projector() -> None:
