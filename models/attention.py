@@ -476,11 +476,14 @@ class AttentionSession:
         if not steps:
             return None
         seen = float(whole)
+        evidence = list(self._marks.evidence)
         for sets, found in by_sets.items():
-            positions = torch.cat([each.flatten() for each in found])
-            evidence = torch.tensor(self._marks.evidence, device=positions.device)
-            hits = int(torch.isin(positions, evidence).sum())
-            seen += hits / sets / len(self._marks.evidence)
+            # Millions of them in a long text, within the time of a call: `isin` takes ten times
+            # as long.
+            reads = torch.bincount(
+                torch.cat([each.flatten() for each in found]), minlength=max(evidence) + 1
+            )
+            seen += int(reads[evidence].sum()) / sets / len(evidence)
         return seen / steps
 
     def _announce(self, *, in_prompt: bool, ends_prompt: bool) -> None:

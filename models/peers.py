@@ -170,6 +170,7 @@ class PeerProcess:
         )
         theirs.close()
         self._finalizer = weakref.finalize(self, _end, self._connection, self._process, self._log)
+        self._printed = ""
         self.versions: dict[str, str] = self.receive()["versions"]
 
     def send(self, message: Mapping[str, Any], *data: bytes) -> None:
@@ -205,12 +206,13 @@ class PeerProcess:
             status: int | str = self._process.wait(_SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             status = "none yet"
-        self._log.seek(0)
-        printed = self._log.read().decode(errors="replace").strip()[-_LOG_CHARACTERS:]
-        self.close()
+        if not self._log.closed:  # else it has been closed, or has failed before
+            self._log.seek(0)
+            self._printed = self._log.read().decode(errors="replace").strip()[-_LOG_CHARACTERS:]
+            self.close()
         return PeerError(
             f"the program of peer '{self._name}' ended (exit status {status}). It printed: "
-            f"{printed or 'nothing'}"
+            f"{self._printed or 'nothing'}"
         )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from models.base import Decoding, Generation, TextGenerator, Unsupported
 from models.cache import cache_dir
 from tasks.base import Dataset, Item, Metric, Scores, Task
+from tasks.hub import hub_file
 
 HUB_ID = "openai/gsm8k"
 WARMUP_ITEMS = 4
@@ -155,16 +156,10 @@ def read_records(split: str, folder: str, revision: str) -> list[dict[str, str]]
             f"archive, or {_hub_file(split)}, as in {HUB_ID} on the hub."
         )
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
-
-        return _read(
-            Path(hf_hub_download(HUB_ID, _hub_file(split), repo_type="dataset", revision=revision))
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return _read(hub_file(HUB_ID, _hub_file(split), revision))
+    except OSError as error:
         raise Unsupported(
-            f"GSM8K's problems are not on this machine and not to be had from the hub: {first} Put "
+            f"GSM8K's problems are not on this machine and not to be had from the hub: {error} Put "
             f"{root / split}.jsonl there, or name a folder that holds it: gsm8k:folder=FOLDER."
         ) from error
 
@@ -191,8 +186,9 @@ def _read(path: Path) -> list[dict[str, str]]:
 
             records = pyarrow.parquet.read_table(path, columns=["question", "answer"]).to_pylist()
         else:
+            # Not splitlines: texts may hold other line separators unescaped.
             text = path.read_text(encoding="utf-8")
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (KeyError, ValueError, OSError) as error:
         raise Unsupported(f"{path} holds no problems of GSM8K: {error}") from error
     for record in records:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from models.base import Decoding, Generation, TextGenerator, Unsupported
 from tasks.base import Dataset, Item, Metric, Scores, Task
+from tasks.checks import check_choice
 from tasks.longbench_generator import make_item
 from tasks.longbench_protocol import (
     BUCKETS,
@@ -42,7 +43,6 @@ from tasks.longbench_protocol import (
     Chat,
     Prompting,
     Truncation,
-    check_choice,
     check_prompting,
     in_turn,
     length_bucket,

@@ -30,6 +30,7 @@ from typing import get_args
 
 from models.base import Decoding, Generation, TextGenerator
 from tasks.base import Dataset, Item, Metric, Scores, Task
+from tasks.checks import check_choice
 from tasks.longbench_generator import (
     CONTINUATION_TOKENS,
     GENERATOR_SEED,
@@ -42,7 +43,6 @@ from tasks.longbench_protocol import (
     CHATS,
     Chat,
     Prompting,
-    check_choice,
     in_turn,
     mark_prompt,
     prompt_ids,

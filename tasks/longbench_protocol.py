@@ -15,7 +15,6 @@ tokenmark's cache folder; the hub. A folder is laid out like the hub's archive:
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from typing import Any, Literal, TypedDict, get_args
 from models.base import TextGenerator, Tokenizer, Unsupported
 from models.cache import cache_dir
 from tasks import longbench_scorers as scorers
+from tasks.checks import check_choice
+from tasks.hub import hub_file
 
 Truncation = Literal["middle", "left", "right"]
 Chat = Literal["auto", "never", "always"]
@@ -540,9 +541,8 @@ def read_records(name: str, version: int, *, folder: str, revision: str) -> list
     try:
         return _from_hub(file, version, revision)
     except OSError as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unsupported(
-            f"LongBench's records are not on this machine and not to be had from the hub: {first} "
+            f"LongBench's records are not on this machine and not to be had from the hub: {error} "
             f"Put {wanted} there, taken from {HUB_IDS[version]}, or name a folder laid out like "
             f"it: {'longbench' if version == 1 else 'longbench-v2'}:folder=FOLDER."
         ) from error
@@ -576,23 +576,7 @@ def _from_hub(file: str, version: int, revision: str) -> list[dict[str, Any]]:
     Raises:
         OSError: The hub cannot be reached or has no such file.
     """
-    try:
-        from huggingface_hub import hf_hub_download
-    except ModuleNotFoundError as error:
-        raise OSError("the package huggingface_hub is not installed.") from error
-    try:
-        path = Path(
-            hf_hub_download(
-                HUB_IDS[version],
-                "data.zip" if version == 1 else file,
-                repo_type="dataset",
-                revision=revision,
-                local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1",
-            )
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        # Names of hosts and long lists of causes help nobody: the first line says it.
-        raise OSError(str(error).strip().partition("\n")[0]) from error
+    path = hub_file(HUB_IDS[version], "data.zip" if version == 1 else file, revision)
     if version == 1:
         return _from_archive(path, file)
     return _records(path.read_text(encoding="utf-8"), file)
@@ -618,21 +602,6 @@ def _records(text: str, source: str) -> list[dict[str, Any]]:
     if not found or not all(isinstance(each, dict) for each in found):
         raise Unsupported(f"{source} holds no records.")
     return found
-
-
-def check_choice(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise unless `value` is allowed.
-
-    Raises:
-        ValueError: It is not; names the allowed values and the nearest.
-    """
-    if value in allowed:
-        return
-    from difflib import get_close_matches
-
-    near = get_close_matches(value, allowed, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {value!r}.{hint}")
 
 
 def in_turn(lists: Sequence[Sequence[Any]]) -> Iterator[Any]:

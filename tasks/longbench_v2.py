@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 from models.base import Decoding, Generation, TextGenerator, Unsupported
 from tasks.base import Dataset, Item, Metric, Scored, Scores, Task
+from tasks.checks import check_choice
 from tasks.longbench_generator import make_item
 from tasks.longbench_protocol import (
     Chat,
     Truncation,
-    check_choice,
     check_prompting,
     choice_prompt,
     prompt_ids,

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from tasks.base import Dataset, Item
-from tasks.longbench_protocol import check_choice
+from tasks.checks import check_choice
 from tasks.mmbench_common import CircularChoice, Language
 from tasks.mmbench_data import ChoiceQuestion, Rotation, find_file, read_file
 

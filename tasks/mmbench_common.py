@@ -46,7 +46,7 @@ from models.base import (
 )
 from tasks import mmbench_scorers as rules
 from tasks.base import Item, Metric, Scored, Scores, Task, Unscored
-from tasks.longbench_protocol import check_choice
+from tasks.checks import check_choice
 from tasks.mmbench_data import ChoiceQuestion, Rotation, decode_image
 from tasks.mmbench_scorers import EXTRACTIONS, Extraction
 from tasks.scorers import Scorer, whole

@@ -19,7 +19,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import os
 import string
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from models.base import Unsupported
 from models.cache import cache_dir
+from tasks.hub import hub_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,29 +172,11 @@ def find_file(language: str, split: str, release: str, *, file: str, revision: s
     if release == "1.1":
         raise Unsupported(f"MMBench 1.1 is not on this machine. {advice}")
     try:
-        return _from_hub(f"{language}/{split}-00000-of-00001.parquet", revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        # Names of hosts and long lists of causes help nobody: the first line says it.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return hub_file(HUB_ID, f"{language}/{split}-00000-of-00001.parquet", revision)
+    except OSError as error:
         raise Unsupported(
-            f"MMBench is not on this machine and not to be had from the hub: {first} {advice}"
+            f"MMBench is not on this machine and not to be had from the hub: {error} {advice}"
         ) from error
-
-
-def _from_hub(name: str, revision: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ModuleNotFoundError as error:
-        raise OSError("the package huggingface_hub is not installed.") from error
-    return Path(
-        hf_hub_download(
-            HUB_ID,
-            name,
-            repo_type="dataset",
-            revision=revision,
-            local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1",
-        )
-    )
 
 
 def decode_image(image: str) -> npt.NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,9 +158,3 @@ def vectors_of(text: str) -> NDArray[np.float32]:
     rows, _, columns = shape.partition("x")
     found = np.frombuffer(base64.b64decode(data, validate=True), dtype="<f4")
     return found.reshape(int(rows), int(columns)).astype(np.float32)
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of the allowed ones."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")

@@ -37,7 +37,8 @@ import numpy as np
 
 from models.base import Unsupported
 from tasks.base import Dataset, Metric
-from tasks.mteb_common import EmbeddingTask, check_choice
+from tasks.checks import check_choice
+from tasks.mteb_common import EmbeddingTask
 from tasks.mteb_data import (
     EmbeddingData,
     LabelledClusters,

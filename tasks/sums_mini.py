@@ -25,6 +25,8 @@ from tasks.base import Dataset, Item, Metric, Scores, Task, Unscored
 
 GENERATOR_SEED = 250606607
 WARMUP_ITEMS = 4
+# There are a hundred additions of one digit, and each stands in a prompt once.
+_MOST_SHOTS = 99
 # A space, four digits one by one, and the end of the line.
 _MOST_TOKENS = 6
 
@@ -68,9 +70,10 @@ class SumsMini(Task[TokenizedLM]):
     def __post_init__(self) -> None:
         if not 1 <= self.digits <= 3:
             raise ValueError(f"digits must lie in [1, 3], got {self.digits}: digits of a term.")
-        for name, least in (("shots", 0), ("number", 1)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not 0 <= self.shots <= _MOST_SHOTS:
+            raise ValueError(f"shots must lie in [0, {_MOST_SHOTS}], got {self.shots}.")
+        if self.number < 1:
+            raise ValueError(f"number must be at least 1, got {self.number}.")
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

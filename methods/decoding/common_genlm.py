@@ -90,6 +90,25 @@ class Genlm:
             }
         )
         states: dict[tuple[int, ...], TokenState] = {(): checker.start}
+        try:
+            message = self._converse(request, branches, states)
+        except BaseException:
+            # It waits for an answer, and would take the next request for one.
+            self._process.close()
+            genlm.cache_clear()
+            raise
+        log_weights = np.array(
+            [-math.inf if weight is None else weight for weight in message["log_weights"]]
+        )
+        particles = []
+        for text, weight in zip(message["texts"], log_weights, strict=True):
+            particles.append(_particle(request, states, tuple(text), weight > -math.inf))
+        return WeightedTexts(tuple(particles), log_weights)
+
+    def _converse(
+        self, request: Request, branches: Branches, states: dict[tuple[int, ...], TokenState]
+    ) -> dict[str, Any]:
+        """Answer the program's questions and return what it says when it has no more."""
         while "ask" in (message := self._process.receive()):
             texts = [tuple(text) for text in message["texts"]]
             if message["ask"] == "logits":
@@ -100,13 +119,7 @@ class Genlm:
             else:
                 answers = [answer(request, states, message["ask"], text) for text in texts]
                 self._process.send({"answers": answers})
-        log_weights = np.array(
-            [-math.inf if weight is None else weight for weight in message["log_weights"]]
-        )
-        particles = []
-        for text, weight in zip(message["texts"], log_weights, strict=True):
-            particles.append(_particle(request, states, tuple(text), weight > -math.inf))
-        return WeightedTexts(tuple(particles), log_weights)
+        return message
 
 
 def answer(

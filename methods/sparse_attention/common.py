@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import method_name, require_count
+from methods.checks import method_name, require_choice, require_count
 from models.attention import AttentionLM, AttentionRule, LayerCache, OpenSession, Rule
 from models.base import TextGenerator, Unsupported
 
@@ -105,8 +105,7 @@ class LatestAttention(BudgetedAttention):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_tokens("chunk", self.chunk, 1)
-        if self.prompt not in get_args(PromptMode):
-            raise ValueError(f"prompt must be dense or streamed, got {self.prompt!r}.")
+        require_choice("prompt", self.prompt, get_args(PromptMode))
 
     @property
     def longest_text(self) -> int | None:

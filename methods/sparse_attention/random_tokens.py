@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from methods.checks import require_count
 from methods.sparse_attention.common import (
     EvictingRule,
     SharedBudget,
@@ -69,8 +70,7 @@ class RandomTokens(SharedBudget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
+        require_count("seed", self.seed, None, None, "It seeds the choice.")
 
     def rule(self) -> RandomRule:
         """Return the rule of one text."""

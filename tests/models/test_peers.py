@@ -64,6 +64,15 @@ def test_a_program_that_fails_says_what_it_printed(peer: Peer) -> None:
     process.send({"do": "fail"})
     with pytest.raises(PeerError, match=r"'adder' ended \(exit status 3\).*no more sums"):
         process.receive()
+    with pytest.raises(PeerError, match="no more sums"):  # and whenever it is asked again
+        process.send({"do": "add", "times": 1}, b"")
+
+
+def test_a_program_that_was_closed_takes_no_more_requests(peer: Peer) -> None:
+    process = adder(peer)
+    process.close()
+    with pytest.raises(PeerError, match=r"'adder' ended \(exit status 0\)"):
+        process.receive()
 
 
 def test_a_program_that_does_not_start_says_why(peer: Peer) -> None:

@@ -17,10 +17,7 @@ from torch import nn
 from models.embedded.tiny_causal import train as tiny_causal
 from models.embedded.tiny_dllm import train as tiny_dllm
 from models.embedded.training import AveragedWeights, Checkpoint, Clock, Curve
-
-
-class Stopped(Exception):
-    """Stands for the signal that ends a process."""
+from tests.models.stopped import Stopped
 
 
 def arguments(out: Path) -> argparse.Namespace:

@@ -149,6 +149,14 @@ def test_the_cache_is_looked_at_where_no_folder_is_named(
     assert len(list(Gsm8k().items())) == 2
 
 
+def test_a_line_of_a_file_ends_at_a_line_feed_and_nowhere_else(tmp_path: Path) -> None:
+    record = {"question": "one\u2028two", "answer": "#### 3"}
+    jsonl_folder(tmp_path)
+    (tmp_path / "test.jsonl").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    (item,) = Gsm8k(folder=str(tmp_path)).items()
+    assert item.fields["prompt"].endswith("Question: one\u2028two\nAnswer:")
+
+
 def test_a_folder_without_the_problems_says_what_belongs_there(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"it needs train\.jsonl"):
         list(Gsm8k(folder=str(tmp_path)).items())

@@ -35,20 +35,9 @@ from tasks.mteb_scorers import (
     SHOTS,
     clustering_bags,
 )
+from tests.tasks.mteb_texts import texts, vector
 
-WORDS = ("rain", "snow", "bread", "milk", "tree", "stone", "glass", "river", "moon", "chair")
 Install = Callable[[Callable[[], Any]], None]
-
-
-def texts(count: int, seed: int) -> list[str]:
-    draw = random.Random(seed)
-    return [f"{' '.join(draw.choices(WORDS, k=4))} {seed}.{place}" for place in range(count)]
-
-
-def vector(text: str) -> Any:
-    # A little of its own for each text, so that no two similarities are equal but for rounding.
-    own = np.random.default_rng([ord(letter) for letter in text]).random(len(WORDS))
-    return np.array([text.count(word) for word in WORDS], dtype=np.float32) + own.astype(np.float32)
 
 
 def pair_list() -> PairList:

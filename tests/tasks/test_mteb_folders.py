@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,19 +23,7 @@ from tasks.mteb_data import (
     PlainTexts,
     Retrieval,
 )
-
-WORDS = ("rain", "snow", "bread", "milk", "tree", "stone", "glass", "river", "moon", "chair")
-
-
-def texts(count: int, seed: int) -> list[str]:
-    draw = random.Random(seed)
-    return [f"{' '.join(draw.choices(WORDS, k=4))} {seed}.{place}" for place in range(count)]
-
-
-def vector(text: str) -> Any:
-    # A little of its own for each text, so that no two similarities are equal but for rounding.
-    own = np.random.default_rng([ord(letter) for letter in text]).random(len(WORDS))
-    return np.array([text.count(word) for word in WORDS], dtype=np.float32) + own.astype(np.float32)
+from tests.tasks.mteb_texts import texts, vector
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

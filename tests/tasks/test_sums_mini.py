@@ -22,7 +22,7 @@ def test_the_content_is_pinned() -> None:
     )
 
 
-@pytest.mark.parametrize(("digits", "shots"), [(1, 4), (2, 4), (3, 0)])
+@pytest.mark.parametrize(("digits", "shots"), [(1, 4), (1, 99), (2, 4), (3, 0)])
 def test_every_line_is_right_and_none_gives_the_last_ones_answer(digits: int, shots: int) -> None:
     for item in SumsMini(digits=digits, shots=shots, number=20).items():
         lines = f"{item.fields['prompt']} {item.fields['answer']}".split("\n")
@@ -84,7 +84,9 @@ def test_the_model_is_asked_for_a_line_and_for_the_cost_of_the_right_one() -> No
     [
         ({"digits": 0}, r"digits must lie in \[1, 3\], got 0"),
         ({"digits": 4}, r"digits must lie in \[1, 3\], got 4"),
-        ({"shots": -1}, "shots must be at least 0"),
+        ({"shots": -1}, r"shots must lie in \[0, 99\], got -1"),
+        # More different additions of one digit there are not.
+        ({"digits": 1, "shots": 100}, r"shots must lie in \[0, 99\], got 100"),
         ({"number": 0}, "number must be at least 1"),
     ],
 )

@@ -65,6 +65,7 @@ class Script:
         self.messages = list(messages)
         self.received: list[dict[str, Any]] = []
         self.rows: list[np.ndarray] = []
+        self.is_closed = False
 
     def receive(self) -> dict[str, Any]:
         return self.messages.pop(0)
@@ -72,6 +73,9 @@ class Script:
     def send(self, message: dict[str, Any], *data: bytes) -> None:
         self.received.append(message)
         self.rows += [np.frombuffer(each, dtype=np.float32) for each in data]
+
+    def close(self) -> None:
+        self.is_closed = True
 
     @property
     def answers(self) -> list[list[int]]:
@@ -181,11 +185,21 @@ def test_the_estimate_is_the_mean_weight_and_rows_name_the_versions(
     assert sent["particles"] == 2
 
 
-def test_nan_logits_are_an_invalid_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LanguageModel()
+def test_nan_logits_are_an_invalid_output_and_the_next_text_gets_another_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, script = LanguageModel(), Script(ask("logits", ()))
+    started: list[str] = []
+    monkeypatch.setattr(common_genlm, "Genlm", lambda who: started.append(who))
+    common_genlm.genlm.cache_clear()
+    common_genlm.genlm("one")
     model.table[:] = math.nan
     with pytest.raises(InvalidOutput, match="NaN"):
-        play(Script(ask("logits", ())), monkeypatch, model)
+        play(script, monkeypatch, model)
+    assert script.is_closed
+    common_genlm.genlm("one")
+    assert started == ["one", "one"]
+    common_genlm.genlm.cache_clear()
 
 
 # --- the library itself, where its environment is there -------------------------------------------

@@ -539,7 +539,10 @@ def test_numbers_of_random_tokens_are_spread_and_differ_between_layers_heads_and
     [
         (lambda: SlidingWindow(budget=0), "budget must be a whole number of at least 1, got 0"),
         (lambda: SlidingWindow(budget=True), "budget must be a whole number"),
-        (lambda: SlidingWindow(prompt="dance"), "prompt must be dense or streamed, got 'dance'"),
+        (
+            lambda: SlidingWindow(prompt="dance"),
+            "prompt must be one of dense, streamed, got 'dance'",
+        ),
         (lambda: StreamingLLM(budget=4), "sinks must be fewer than budget, got 4 and 4"),
         (lambda: StreamingLLM(chunk=0), "chunk must be a whole number of at least 1"),
         (lambda: H2O(recent_share=1.5), r"recent_share must lie in \[0, 1\], got 1.5"),
