@@ -129,7 +129,9 @@ class TensorCanvas:
                 f"are kept."
             )
         self._has_run = self._kept is not None
-        place = None if rows is None else torch.tensor(rows, device=self._begins.device)
+        # All rows are not picked out: that would copy every key and value that is kept.
+        is_all = rows is None or list(rows) == list(range(len(self._begins)))
+        place = None if is_all else torch.tensor(rows, device=self._begins.device)
         seen = self.length if self._kept is not None else last
         hidden = self._network(
             token_ids.to(self._begins.device),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -23,18 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base import Decoding, Generation, MaskedDiffusionFacts, MaskedDiffusionLM
+from methods.diffusion_lm.common import RuledModel
+from models.base import Decoding, Generation
 from models.masked_diffusion_decode import (
     Ending,
-    OneAtATime,
-    Procedure,
     Step,
     View,
     decode,
     decode_rows,
     surest,
 )
-from models.wrapper import Wrapper
 
 DATA = Path(__file__).parent / "data"
 
@@ -223,7 +221,7 @@ class PredictedEnd:
     """
 
     def __init__(
-        self, rule: FilterRule, eos_ids: frozenset[int], *, shrinks: bool, stops: bool
+        self, rule: FilterRule, eos_ids: frozenset[int], *, shrinks: bool, otherwise: Ending
     ) -> None:
         """Watch a rule.
 
@@ -231,12 +229,12 @@ class PredictedEnd:
             rule: Whose acceptance counts.
             eos_ids: Ends of text.
             shrinks: Also cut at the surest predicted end.
-            stops: Whether the text is over with a finished block that holds an end.
+            otherwise: Says whether the text is over with a finished block.
         """
         self._rule = rule
         self._eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.int64)
         self.looks_ahead = shrinks
-        self._stops = stops
+        self._otherwise = otherwise
         # Answer tokens of each row up to the last written one that is no end.
         self._written: dict[int, int] = {}
 
@@ -260,8 +258,7 @@ class PredictedEnd:
 
     def is_over(self, block: Tensor) -> Tensor:
         """See `models.masked_diffusion_decode.Ending.is_over`."""
-        held = torch.isin(block, self._eos_ids).any(dim=1)
-        return held if self._stops else torch.zeros_like(held)
+        return self._otherwise.is_over(block)
 
 
 NOT_CUT = 2**40
@@ -347,42 +344,32 @@ class OracleRule:
         return block.is_mask & (right | stuck)
 
 
-class ForesightModel(Wrapper):
+class ForesightModel(RuledModel):
     """A masked-diffusion model that decodes every text twice, the second time knowing it.
 
     What no filter can beat: the text is the plain decoder's by construction, and the forwards are
     those that it took at least. Time is that of both decodings, so only counts mean anything; those
-    of the first decoding stand apart, as draft forwards.
+    of the first decoding stand apart, as draft forwards. Its rule is the first decoding's.
     """
-
-    facts: MaskedDiffusionFacts
-
-    def __init__(
-        self,
-        model: MaskedDiffusionLM,
-        make_ending: Callable[[], Ending],
-        procedure: Procedure,
-    ) -> None:
-        super().__init__(model)
-        self._make_ending = make_ending
-        self._procedure = procedure
 
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
         """Continue `prompt_ids`."""
+        rule, ending = self._make_parts(decoding)
         (final,) = decode_rows(
             self._model,
             [prompt_ids],
             decoding,
-            rule=OneAtATime(),
-            ending=self._make_ending(),
+            rule=rule,
+            ending=ending,
             procedure=self._procedure,
         )
+        _, ending = self._make_parts(decoding)
         found = decode(
             self._model,
             prompt_ids,
             decoding,
             rule=OracleRule([final.answer]),
-            ending=self._make_ending(),
+            ending=ending,
             procedure=self._procedure,
         )
         found.trace.draft_forwards = len(final.forwards)

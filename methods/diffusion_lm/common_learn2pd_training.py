@@ -340,7 +340,8 @@ def _problems(count: int) -> Iterator[list[int]]:
 
 
 def _lines(model: MaskedDiffusionLM, file: Path) -> Iterator[list[int]]:
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # Not splitlines: texts may hold other line separators unescaped.
+    for line in file.read_text(encoding="utf-8").split("\n"):
         if line.strip():
             yield model.tokenizer.encode(json.loads(line)["prompt"])
 

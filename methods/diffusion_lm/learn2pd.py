@@ -37,7 +37,7 @@ from methods.diffusion_lm.common_learn2pd import (
     load_filter,
 )
 from models.base import Decoding, MaskedDiffusionLM, Unsupported
-from models.masked_diffusion_decode import Ending
+from models.masked_diffusion_decode import Ending, OneAtATime
 
 _SUFFIX = ".safetensors"
 
@@ -94,7 +94,9 @@ class Learn2PD(DiffusionMethod):
         """Yield the model with its texts filled in; without a filter it is refused here."""
         require_masked_diffusion(self, model)
         if self.filter == "oracle":
-            yield ForesightModel(model, lambda: self.ending(model), self.procedure())
+            yield ForesightModel(
+                model, lambda decoding: (OneAtATime(), self.ending(model)), self.procedure()
+            )
             return
         self.filter_for(model)
         with super().apply(model, hardware) as changed:
@@ -111,13 +113,14 @@ class Learn2PD(DiffusionMethod):
 
     def ending(self, model: MaskedDiffusionLM) -> Ending:
         """Return what cuts the answer."""
+        otherwise = super().ending(model)
         if self.end_prediction == "none":
-            return super().ending(model)
+            return otherwise
         return PredictedEnd(
             FilterRule(self.filter_for(model), self.accept_threshold),
             model.facts.eos_ids,
             shrinks=self.end_prediction == "shrink",
-            stops=self.early_stop,
+            otherwise=otherwise,
         )
 
     def filter_for(self, model: MaskedDiffusionLM) -> Filter:

@@ -15,16 +15,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from models.base import MaskedDiffusionLM, Unsupported
 from models.embedded.tiny_dllm.batches import save_tokenizer
 from models.embedded.tiny_dllm.data import PAD, VOCABULARY
-from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder
 from models.loading import LoadSettings, ModelError, load
 from models.masked_diffusion import MaskedDiffusionModel
 from models.masked_diffusion_network import Network, read_config, read_network
-from tests.models.tiny_diffusion import EOS, MASK, tiny_config, tiny_diffusion
+from tests.models.tiny_diffusion import EOS, MASK, save_tiny_llada, tiny_config, tiny_diffusion
 from tests.models.tiny_diffusion import VOCABULARY as TINY_VOCABULARY
 
-LLADA = DecoderConfig(
-    d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, mlp_hidden_size=48, vocab_size=len(VOCABULARY)
-)
 # `config.json` of GSAI-ML/LLaDA-8B-Instruct and of Dream-org/Dream-v0-Instruct-7B, what decides.
 LLADA_8B: dict[str, Any] = {
     "model_type": "llada",
@@ -74,20 +70,6 @@ DREAM_7B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
-
-
-def llada_folder(folder: Path) -> MaskedDiffusionDecoder:
-    """Write a random checkpoint with LLaDA's names; return the module that trained such ones."""
-    torch.manual_seed(0)
-    module = MaskedDiffusionDecoder(LLADA).eval()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    (folder / "config.json").write_text(LLADA.to_json())
-    save_file(module.state_dict(), folder / "model.safetensors")
-    save_tokenizer(folder)
-    return module
 
 
 def dream_folder(folder: Path, **changes: Any) -> Qwen2ForCausalLM:
@@ -145,7 +127,7 @@ def logits_of(model: MaskedDiffusionModel, ids: Tensor, padding: tuple[int, ...]
 
 
 def test_a_llada_checkpoint_gives_the_logits_of_the_module_that_trains_one(tmp_path: Path) -> None:
-    oracle = llada_folder(tmp_path)
+    oracle = save_tiny_llada(tmp_path)
     model = load(f"path:{tmp_path}", capability="MaskedDiffusionLM")
     assert isinstance(model, MaskedDiffusionModel)
     ids = torch.randint(3, len(VOCABULARY), (3, 20), generator=torch.Generator().manual_seed(1))
@@ -248,7 +230,7 @@ def test_another_class_of_model_is_refused_with_those_that_are_known() -> None:
 def test_weights_that_lack_or_are_too_much_or_of_another_shape_are_told_by_name(
     tmp_path: Path,
 ) -> None:
-    module = llada_folder(tmp_path)
+    module = save_tiny_llada(tmp_path)
     state = module.state_dict()
     key = "model.transformer.blocks.1.q_proj.weight"
 
@@ -267,7 +249,7 @@ def test_weights_that_lack_or_are_too_much_or_of_another_shape_are_told_by_name(
 
 
 def test_loading_takes_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
-    llada_folder(tmp_path)
+    save_tiny_llada(tmp_path)
     settings = LoadSettings(dtype="bfloat16")
     model = load(f"path:{tmp_path}", settings, capability="MaskedDiffusionLM")
     assert model.facts.dtype == "bfloat16"
@@ -288,7 +270,7 @@ def test_a_tokenizer_in_qwen2s_two_files_is_read(tmp_path: Path) -> None:
 
 
 def test_what_ends_a_turn_ends_a_text(tmp_path: Path) -> None:
-    llada_folder(tmp_path)
+    save_tiny_llada(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text().replace('"Ann"', '"<|eot_id|>"'))
     model = load(f"path:{tmp_path}", capability="MaskedDiffusionLM")

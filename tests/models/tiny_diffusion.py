@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.base import Decoding, Generation, MaskedDiffusionFacts
+from models.embedded.tiny_dllm.batches import save_tokenizer
+from models.embedded.tiny_dllm.data import VOCABULARY as WORDS
+from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder
 from models.masked_diffusion import MaskedDiffusionModel
 from models.masked_diffusion_decode import decode
 from models.masked_diffusion_network import Network, NetworkConfig
@@ -51,6 +56,28 @@ def tiny_diffusion(*, is_shifted: bool = False, seed: int = 0) -> MaskedDiffusio
                     parameter.normal_(0, 0.3)
     network.requires_grad_(False)
     return MaskedDiffusionModel(network, NumberTokenizer(), "tiny-diffusion")
+
+
+def save_tiny_llada(folder: Path, *, layers: int = 2) -> MaskedDiffusionDecoder:
+    """Write a random checkpoint with LLaDA's names; return the module that trained such ones."""
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        d_model=32,
+        n_heads=4,
+        n_kv_heads=2,
+        n_layers=layers,
+        mlp_hidden_size=48,
+        vocab_size=len(WORDS),
+    )
+    module = MaskedDiffusionDecoder(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    (folder / "config.json").write_text(config.to_json())
+    save_file(module.state_dict(), folder / "model.safetensors")
+    save_tokenizer(folder)
+    return module
 
 
 class TableModel:

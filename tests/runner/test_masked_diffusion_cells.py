@@ -5,36 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from models.embedded.tiny_dllm.batches import save_tokenizer
-from models.embedded.tiny_dllm.data import VOCABULARY
-from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder
 from models.loading import capabilities
 from runner.capabilities import taken_as
 from runner.certificate import Asked, difference
 from runner.plan import make_plan
 from runner.request import Request
 from runner.worker import _canvas_cost
-from tests.models.tiny_diffusion import tiny_diffusion
+from tests.models.tiny_diffusion import save_tiny_llada, tiny_diffusion
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llada")
-    config = DecoderConfig(
-        d_model=32,
-        n_heads=4,
-        n_kv_heads=2,
-        n_layers=1,
-        mlp_hidden_size=48,
-        vocab_size=len(VOCABULARY),
-    )
-    torch.manual_seed(0)
-    save_file(MaskedDiffusionDecoder(config).state_dict(), path / "model.safetensors")
-    (path / "config.json").write_text(config.to_json())
-    save_tokenizer(path)
+    save_tiny_llada(path, layers=1)
     return path
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from methods.diffusion_lm.common import FixedNumber, OverThreshold
+from methods.diffusion_lm.common import FixedNumber, OverThreshold, StopBehindEos
 from methods.diffusion_lm.common_learn2pd import (
     ConfidenceFilter,
     FilterRule,
@@ -34,6 +34,7 @@ from methods.diffusion_lm.learn2pd import Learn2PD
 from models.base import Decoding, Generation, MaskedDiffusionLM, Unsupported
 from models.masked_diffusion import MaskedDiffusionModel
 from models.masked_diffusion_decode import (
+    NeverOver,
     OneAtATime,
     Procedure,
     Row,
@@ -313,7 +314,7 @@ def test_an_end_that_the_filter_accepts_comes_before_a_surer_one_ahead() -> None
     block = View(*(part[:, :3] for part in ahead))
     step = Step(block, ahead, (0, 1), 10, 0)
     rule = FilterRule(ConfidenceFilter(), 0.8)
-    ending = PredictedEnd(rule, frozenset({2}), shrinks=True, stops=False)
+    ending = PredictedEnd(rule, frozenset({2}), shrinks=True, otherwise=NeverOver())
     # The first accepted one in the first row; the one ahead in the second, which has none.
     assert ending.cut(step, rule.select(step)).tolist() == [12, 15]  # type: ignore[union-attr]  # it is cut
 
@@ -350,7 +351,7 @@ def test_a_cut_keeps_tokens_that_are_written_behind_the_predicted_end() -> None:
                 FilterRule(ConfidenceFilter(), 0.8),
                 frozenset({2}),
                 shrinks=mode == "shrink",
-                stops=False,
+                otherwise=NeverOver(),
             ),
             procedure=Procedure(block_length=6),
         )
@@ -370,7 +371,10 @@ def test_rows_of_a_batch_end_where_they_end_alone() -> None:
             return {
                 "rule": FilterRule(judge, 0.25),
                 "ending": PredictedEnd(
-                    FilterRule(judge, 0.25), model.facts.eos_ids, shrinks=shrinks, stops=True
+                    FilterRule(judge, 0.25),
+                    model.facts.eos_ids,
+                    shrinks=shrinks,
+                    otherwise=StopBehindEos(model.facts.eos_ids),
                 ),
                 "procedure": Procedure(block_length=BLOCK, cache=cache),
             }

@@ -27,13 +27,10 @@ from methods.diffusion_lm.common_learn2pd_training import (
 )
 from methods.diffusion_lm.learn2pd import Learn2PD
 from models.base import Decoding
-from models.embedded.tiny_dllm.batches import save_tokenizer
-from models.embedded.tiny_dllm.data import PAD, VOCABULARY, generate
-from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder
-from models.embedded.training import save_half
+from models.embedded.tiny_dllm.data import PAD, generate
 from models.masked_diffusion_decode import OneAtATime, Procedure, decode_rows
 from runner.conformance_base import PROFILE
-from tests.models.tiny_diffusion import tiny_diffusion
+from tests.models.tiny_diffusion import save_tiny_llada, tiny_diffusion
 
 POSITIONS = 6
 BLOCK = 8
@@ -126,8 +123,10 @@ def test_no_calibration_prompt_comes_twice_and_none_is_padded(tmp_path: Path) ->
         tuple(row[row != PAD].tolist()) for row in held_out
     }
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "5 6 7"}\n\n{"prompt": "8"}\n{"prompt": "5 6 7"}\n')
-    assert calibration_prompts(model, 9, file) == [[5, 6, 7], [8]]
+    # A line separator inside a prompt, unescaped as JSON allows, ends no line of the file.
+    lines = '{"prompt": "5 6 7"}\n\n{"prompt": "8\u20289"}\n{"prompt": "5 6 7"}\n'
+    file.write_text(lines, encoding="utf-8")
+    assert calibration_prompts(model, 9, file) == [[5, 6, 7], [8, 9]]
 
 
 def test_a_filter_that_reads_blocks_learns_what_no_threshold_can() -> None:
@@ -203,20 +202,9 @@ def test_the_recipe_runs_from_a_checkpoint_to_a_filter_that_decodes(
 ) -> None:
     from models.loading import LoadSettings, load
 
-    torch.manual_seed(0)
-    config = DecoderConfig(
-        d_model=32,
-        n_heads=4,
-        n_kv_heads=2,
-        n_layers=1,
-        mlp_hidden_size=48,
-        vocab_size=len(VOCABULARY),
-    )
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(config.to_json())
-    save_half(MaskedDiffusionDecoder(config).state_dict(), folder / "model.safetensors")
-    save_tokenizer(folder)
+    save_tiny_llada(folder, layers=1)
     name = f"path:{folder}"
     sizes = ["--texts", "12", "--answer-length", "16", "--block-length", "8", "--epochs", "40"]
     main([name, *sizes, "--device", "cpu", "--out", str(tmp_path)])

@@ -33,7 +33,6 @@ from models.base import (
     InvalidOutput,
     Session,
     TextGenerator,
-    TextModelFacts,
     Unsupported,
 )
 from models.draft_tree import DraftTree
@@ -44,6 +43,7 @@ from models.text import CausalLM
 from models.wrapper import GeneratorWrapper
 from runner.conformance_base import PROFILE
 from tests.models.tiny import NumberTokenizer, tiny_model
+from tests.models.toy import TableModel, TableSession
 
 PROMPT = [33, 30, 17, 11, 60, 9, 41]
 HOLE = 96  # the mask of the tiny models
@@ -484,60 +484,32 @@ def test_the_first_window_is_what_training_shows_a_block_that_is_all_masked(bloc
 # ---- texts with an end, and sampling
 
 
-class Scripted:
+class Scripted(TableModel):
     """A model whose logits at a place depend on the place alone: what to write, and how surely."""
 
     def __init__(self, script: Mapping[int, tuple[int, float]], eos_id: int = 0) -> None:
+        super().__init__(np.zeros((10, 10)), eos_ids=frozenset({eos_id}), name="scripted")
         self.script = script
-        self.name = "scripted"
-        self.tokenizer = NumberTokenizer()
-        self.facts = TextModelFacts(
-            vocab_size=10,
-            num_layers=1,
-            num_heads=1,
-            num_kv_heads=1,
-            head_dim=1,
-            matrix_parameters=1,
-            head_parameters=0,
-            weight_bytes=4,
-            kv_item_bytes=4,
-            max_positions=100,
-            eos_ids=frozenset({eos_id}),
-            dtype="float32",
-        )
         self.trees: list[DraftTree] = []
-
-    def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
-        raise NotImplementedError
-
-    def synchronize(self) -> None: ...
 
     def session(self, capacity: int) -> ScriptedSession:
         return ScriptedSession(self, capacity)
 
 
-class ScriptedSession:
+class ScriptedSession(TableSession):
     def __init__(self, model: Scripted, capacity: int) -> None:
-        self._model = model
-        self.length = 0
-        self.capacity = capacity
-
-    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Tensor:
-        self.length = len(token_ids)
-        return torch.zeros(1, 10)
+        super().__init__(model, capacity)
+        self._scripted = model
 
     def verify(self, tree: DraftTree) -> Tensor:
-        assert self.length + len(tree) <= self.capacity
-        self._model.trees.append(tree)
+        self._waiting = None  # a window is read again as long as nothing of it can be committed
+        super().verify(tree)
+        self._scripted.trees.append(tree)
         logits = torch.zeros(len(tree), 10)
         for node, depth in enumerate(tree.topology.depths.tolist()):
-            token, margin = self._model.script[self.length - 1 + depth]
+            token, margin = self._scripted.script[self.length - 1 + depth]
             logits[node, token] = margin
         return logits
-
-    def commit(self, path: Sequence[int]) -> None:
-        assert list(path) == list(range(len(path)))
-        self.length += len(path)
 
 
 def states(model: Scripted) -> list[str]:
