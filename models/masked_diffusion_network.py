@@ -399,6 +399,28 @@ def _weights(folder: Path, device: str) -> Iterator[tuple[str, Tensor]]:
                 yield key, file.get_tensor(key)
 
 
+def checkpoint_names(weights: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Return a network's weights by the names that a class of checkpoints has for them.
+
+    Args:
+        weights: By name in `Network`.
+        kind: One of `MODEL_TYPES`.
+    """
+    naming = _NAMING[kind]
+    outside = {ours: theirs for theirs, ours in naming.outside.items()}
+    inside = {ours: theirs for theirs, ours in naming.inside.items()}
+    found = {}
+    for name, weight in weights.items():
+        stem, _, part = name.rpartition(".")
+        if stem in outside:
+            theirs = outside[stem]
+        else:
+            _, number, ours = stem.split(".", 2)
+            theirs = f"{naming.layers}.{number}.{inside[ours]}"
+        found[f"{theirs}.{part}"] = weight
+    return found
+
+
 def _our_name(key: str, naming: _Naming) -> str:
     """Return what a checkpoint's weight is called in `Network`; the key itself if unknown."""
     stem, _, kind = key.rpartition(".")

@@ -126,7 +126,7 @@ def logits_of(model: MaskedDiffusionModel, ids: Tensor, padding: tuple[int, ...]
 # ---- networks against independent ones
 
 
-def test_a_llada_checkpoint_gives_the_logits_of_the_module_that_trains_one(tmp_path: Path) -> None:
+def test_a_llada_checkpoint_is_read_as_the_trained_module_was_written(tmp_path: Path) -> None:
     oracle = save_tiny_llada(tmp_path)
     model = load(f"path:{tmp_path}", capability="MaskedDiffusionLM")
     assert isinstance(model, MaskedDiffusionModel)
@@ -231,7 +231,7 @@ def test_weights_that_lack_or_are_too_much_or_of_another_shape_are_told_by_name(
     tmp_path: Path,
 ) -> None:
     module = save_tiny_llada(tmp_path)
-    state = module.state_dict()
+    state = module.checkpoint()
     key = "model.transformer.blocks.1.q_proj.weight"
 
     def error(changed: dict[str, Tensor]) -> str:

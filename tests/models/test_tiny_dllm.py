@@ -239,7 +239,7 @@ def llama_of(decoder: MaskedDiffusionDecoder) -> Any:
         )
     ).eval()
     renamed = {}
-    for name, value in decoder.state_dict().items():
+    for name, value in decoder.checkpoint().items():
         for ours, theirs in (
             ("model.transformer.wte", "model.embed_tokens"),
             ("model.transformer.ln_f", "model.norm"),
@@ -294,7 +294,7 @@ def test_weights_and_configuration_survive_their_files(
     decoder: MaskedDiffusionDecoder, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(decoder.config.to_json())
-    save_half(decoder.state_dict(), tmp_path / "model.safetensors")
+    save_half(decoder.checkpoint(), tmp_path / "model.safetensors")
     again = load(tmp_path)
     assert again.config == decoder.config
     for name, value in decoder.state_dict().items():

@@ -75,7 +75,7 @@ def save_tiny_llada(folder: Path, *, layers: int = 2) -> MaskedDiffusionDecoder:
             if parameter.ndim > 1:
                 parameter.mul_(8)
     (folder / "config.json").write_text(config.to_json())
-    save_file(module.state_dict(), folder / "model.safetensors")
+    save_file(module.checkpoint(), folder / "model.safetensors")
     save_tokenizer(folder)
     return module
 

@@ -1,11 +1,8 @@
-"""A LLaDA-shaped decoder without a causal mask: RoPE, RMSNorm, SwiGLU, logits in place.
+"""The network of masked-diffusion models at the size of `tiny-dllm`, as it is trained.
 
-Module names and configuration keys are those of LLaDA's checkpoints (arXiv 2502.09992), so that a
-loader for them reads this one as well. The logits at position i are of the token *at* i. No time
-embedding: the share of masks tells the time.
-
-An own module and not transformers' Llama behind an open mask: caches that replace keys and values
-in the middle need the layers' keys and values in hand, and the names stay ours.
+Weights and configuration are saved under the names of LLaDA's checkpoints (arXiv 2502.09992), so
+that it is loaded like one. The logits at position i are of the token *at* i. No time embedding: the
+share of masks tells the time.
 """
 
 from __future__ import annotations
@@ -16,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from models.masked_diffusion_network import (
+    Network,
+    checkpoint_names,
+    read_config,
+    read_network,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +66,19 @@ class DecoderConfig:
                 f"{self.n_kv_heads}."
             )
 
-    def to_json(self) -> str:
-        """Return the text of `config.json`."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `config.json`."""
         fixed = {
             "model_type": "llada",
             "architectures": ["MaskedDiffusionDecoder"],
             "block_type": "llama",
             "weight_tying": False,
         }
-        return json.dumps({**fixed, **asdict(self)}, indent=2) + "\n"
+        return fixed | asdict(self)
+
+    def to_json(self) -> str:
+        """Return the text of `config.json`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> DecoderConfig:
@@ -87,18 +93,11 @@ class MaskedDiffusionDecoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        width, vocabulary = config.d_model, config.vocab_size
-        parts: dict[str, nn.Module] = {
-            "wte": nn.Embedding(vocabulary, width),
-            "blocks": nn.ModuleList(_Block(config) for _ in range(config.n_layers)),
-            "ln_f": _RMSNorm(width, config.rms_norm_eps),
-            "ff_out": nn.Linear(width, vocabulary, bias=False),
-        }
-        self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})
-        for name, parameter in self.named_parameters():
+        self.network = Network(read_config(config.to_dict()))
+        for name, parameter in self.network.named_parameters():
             if parameter.ndim > 1:
                 # What is added to the residual stream starts smaller, the deeper the stream.
-                residual = ".blocks." in name and ("attn_out" in name or "ff_out" in name)
+                residual = ".output." in name or ".down." in name
                 deviation = 0.02 / (2 * config.n_layers) ** 0.5 if residual else 0.02
                 nn.init.normal_(parameter, std=deviation)
 
@@ -112,93 +111,19 @@ class MaskedDiffusionDecoder(nn.Module):
         Returns:
             (batch, tokens, vocab_size).
         """
-        transformer: Any = self.model["transformer"]
-        padding = token_ids == self.config.pad_token_id
         # Padding attends too, else its rows would be NaN; nobody looks at them.
-        visible = ~padding[:, None, None, :]
-        rotation = _rotation(
-            token_ids.shape[1],
-            self.config.d_model // self.config.n_heads,
-            self.config.rope_theta,
-            token_ids.device,
-        )
-        hidden = transformer["wte"](token_ids)
-        for block in transformer["blocks"]:
-            hidden = block(hidden, visible, rotation)
-        logits: Tensor = transformer["ff_out"](transformer["ln_f"](hidden))
+        visible = (token_ids != self.config.pad_token_id)[:, None, None, :]
+        logits: Tensor = self.network.head(self.network(token_ids, 0, None, None, visible))
         return logits
 
-
-class _RMSNorm(nn.Module):
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.epsilon)
-
-
-class _Block(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
-        width, inner = config.d_model, config.mlp_hidden_size
-        self.head_dim = width // config.n_heads
-        kv_width = self.head_dim * self.kv_heads
-        self.attn_norm = _RMSNorm(width, config.rms_norm_eps)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, kv_width, bias=False)
-        self.v_proj = nn.Linear(width, kv_width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
-        self.ff_norm = _RMSNorm(width, config.rms_norm_eps)
-        self.ff_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.ff_out = nn.Linear(inner, width, bias=False)
-
-    def forward(self, hidden: Tensor, visible: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        batch, tokens, width = hidden.shape
-        normed = self.attn_norm(hidden)
-        query, key, value = (
-            project(normed).view(batch, tokens, heads, self.head_dim).transpose(1, 2)
-            for project, heads in (
-                (self.q_proj, self.heads),
-                (self.k_proj, self.kv_heads),
-                (self.v_proj, self.kv_heads),
-            )
-        )
-        query, key = (_rotate(states, *rotation) for states in (query, key))
-        groups = self.heads // self.kv_heads
-        if groups > 1:
-            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-        hidden = hidden + self.attn_out(attended.transpose(1, 2).reshape(batch, tokens, width))
-        normed = self.ff_norm(hidden)
-        inner: Tensor = self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
-        return hidden + inner
-
-
-def _rotation(
-    tokens: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of every position's angles, (tokens, head_dim) each, float32."""
-    powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(tokens, device=device, dtype=torch.float32), theta**-powers)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate halves, not neighbours, as Llama's checkpoints have it; in float32."""
-    wide = states.float()
-    first, second = wide.chunk(2, dim=-1)
-    rotated = wide * cosine + torch.cat([-second, first], dim=-1) * sine
-    return rotated.to(states.dtype)
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Return the weights by the names of LLaDA's checkpoints."""
+        return checkpoint_names(self.network.state_dict(), "llada")
 
 
 def load(folder: Path) -> MaskedDiffusionDecoder:
     """Read `config.json` and `model.safetensors`; float32, in evaluation mode."""
     config = DecoderConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
     module = MaskedDiffusionDecoder(config)
-    module.load_state_dict(load_file(folder / "model.safetensors"))
-    return module.float().eval()
+    module.network = read_network(folder, torch.float32, "cpu")
+    return module.eval()

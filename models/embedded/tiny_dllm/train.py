@@ -269,7 +269,7 @@ def train(
             values = {"loss": mean}
             if clock.seconds >= next_save:
                 average.copy_to(averaged_module)
-                save_half(averaged_module.state_dict(), out / "model.safetensors")
+                save_half(averaged_module.checkpoint(), out / "model.safetensors")
                 with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                     values |= match_of(averaged_module, glance, device)[0]
                 values = {name: values[name] for name in CURVE_COLUMNS}
@@ -282,7 +282,7 @@ def train(
             next_print = clock.seconds + PRINT_EVERY_SECONDS
         checkpoint.save("train", step + 1, clock, parts)
     average.copy_to(averaged_module)
-    size = save_half(averaged_module.state_dict(), out / "model.safetensors")
+    size = save_half(averaged_module.checkpoint(), out / "model.safetensors")
     checkpoint.remove()
     return {
         "parameters": parameters,
