@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from models.base import EncoderFacts, Encoding, Forward, Trace, Unsupported
+from models.device import OnDevice
 from models.loading import LoadSettings, ModelError, load_causal_module, quiet_transformers
 from models.tokenization import HubTokenizer
 
@@ -197,23 +198,7 @@ class _Layer(NamedTuple):
     parameters: int
 
 
-class _OnDevice:
-    """What both kinds of encoders have: weights that are somewhere."""
-
-    module: Any
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device  # type: ignore[no-any-return]  # a torch.device
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-class CausalEncoder(_OnDevice):
+class CausalEncoder(OnDevice):
     """A `models.base.TextEncoder` over a causal language model of transformers.
 
     Attributes:
@@ -504,7 +489,7 @@ class CausalEncoder(_OnDevice):
         )
 
 
-class SentenceEncoder(_OnDevice):
+class SentenceEncoder(OnDevice):
     """A `models.base.TextEncoder` over a model of sentence-transformers, with its own pooling.
 
     Attributes:

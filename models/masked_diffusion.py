@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Decoding, Generation, MaskedDiffusionFacts, Tokenizer
+from models.device import OnDevice
 from models.masked_diffusion_decode import decode
 from models.masked_diffusion_network import Kept, Network, read_network
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 
 
-class MaskedDiffusionModel:
+class MaskedDiffusionModel(OnDevice):
     """A `models.base.MaskedDiffusionLM` over a network.
 
     Attributes:
@@ -61,11 +62,6 @@ class MaskedDiffusionModel:
         self.name = name
         self.facts = _facts(network, more_eos_ids)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.module.head.weight.device
-
     def canvas(self, padding: Sequence[int], length: int, *, keeps: bool) -> TensorCanvas:
         """See `models.base.MaskedDiffusionLM.canvas`."""
         return TensorCanvas(self.module, padding, length, keeps=keeps)
@@ -73,11 +69,6 @@ class MaskedDiffusionModel:
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
         """Continue `prompt_ids` plainly: one token a forward, the surest of each step."""
         return decode(self, prompt_ids, decoding)
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class TensorCanvas:

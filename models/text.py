@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from models.base import Decoding, Generation, Session, TextModelFacts, Tokenizer, Unsupported
 from models.decode import decode
+from models.device import OnDevice
 from models.draft_tree import DraftTree
 from models.native.llama import NativeLlama, NativeSession
 
@@ -26,7 +27,7 @@ Kernels = Literal["auto", "native", "graphs", "transformers"]
 _USUAL_NODES = 16
 
 
-class CausalLM:
+class CausalLM(OnDevice):
     """A `models.base.TextGenerator` over a causal language model of transformers.
 
     Attributes:
@@ -74,11 +75,6 @@ class CausalLM:
             "native" if self._native else "graphs" if self._graphs else "transformers"
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device  # type: ignore[no-any-return]  # a torch.device
-
     def session(self, capacity: int) -> Session:
         """Open a cache for at most `capacity` tokens, drafts included."""
         if self._native:
@@ -102,11 +98,6 @@ class CausalLM:
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
         """Continue `prompt_ids` plainly, one token a forward."""
         return decode(self, prompt_ids, decoding)
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class TransformersSession:

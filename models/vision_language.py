@@ -35,6 +35,7 @@ from models.base import (
     VisualWork,
 )
 from models.decode import decode
+from models.device import OnDevice
 from models.draft_tree import DraftTree
 from models.loading import LoadSettings, ModelError, quiet_transformers
 from models.text import model_facts
@@ -198,7 +199,7 @@ class Seen:
         self.flops += flops
 
 
-class VisionLanguage:
+class VisionLanguage(OnDevice):
     """A `models.base.VisionLanguageModel` over a model of transformers.
 
     Attributes:
@@ -252,16 +253,6 @@ class VisionLanguage:
         # First tokens of options that were asked for, by what stands in front of them.
         self._starts: dict[tuple[str, str], set[int]] = {}
         self.facts = self._facts()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device  # type: ignore[no-any-return]  # a torch.device
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def answer(self, prompt: VisualPrompt, decoding: Decoding) -> VisualAnswer:
         """Answer a question with all visual tokens."""

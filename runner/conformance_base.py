@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,11 +210,38 @@ def random_llama(*, vocab_size: int, layers: int, positions: int = 128) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(6)  # else all logits are nearly equal
+        sharpen(module, 6)
     return module
+
+
+@torch.no_grad()
+def sharpen(module: Any, factor: float, biases: float = 0.0) -> None:
+    """Make a random module's answers differ: at the usual scale all logits are nearly equal.
+
+    Args:
+        module: Its matrices are multiplied in place.
+        factor: By this.
+        biases: Standard deviation of the biases, drawn anew from torch's generator; 0 leaves them.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(factor)
+        elif biases and name.endswith("bias"):
+            parameter.normal_(0, biases)
+
+
+def byte_tokenizer(special_words: Sequence[str] = ("<end>",)) -> Any:
+    """Return a tokenizer of bytes behind special words; `<end>` among them ends a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: place for place, word in enumerate((*special_words, *alphabet))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(word, special=True) for word in special_words])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
 def fill_exactly(module: Any) -> None:

@@ -17,6 +17,7 @@ from runner.conformance_base import (
     Battery,
     Broken,
     OnPurpose,
+    byte_tokenizer,
     compare,
     fill_exactly,
     fresh,
@@ -103,7 +104,7 @@ def tiny_masked_diffusion() -> MaskedDiffusionLM:
     from models.masked_diffusion import MaskedDiffusionModel
     from models.masked_diffusion_network import Network, NetworkConfig
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     config = NetworkConfig(
         width=32,
         num_heads=4,
@@ -295,18 +296,5 @@ class CallBattery(Battery):
 
 def _tiny_model() -> tuple[Any, Any]:
     """Return a random causal language model over bytes, and its tokenizer."""
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     return random_llama(vocab_size=len(tokenizer), layers=4, positions=512), tokenizer
-
-
-def _byte_tokenizer() -> Any:
-    """Return a tokenizer of bytes whose token 0 ends a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<end>": 0, **{byte: place for place, byte in enumerate(alphabet, start=1)}}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")

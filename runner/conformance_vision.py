@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from runner.conformance_base import byte_tokenizer, sharpen
+
 if TYPE_CHECKING:
     from models.vision_language import VisionLanguage
 
@@ -76,17 +78,11 @@ def tiny_vision(
     from models.tokenization import HubTokenizer
     from models.vision_language import VisionLanguage
 
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer(_SPECIALS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = _module(architecture, len(tokenizer), attention)
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                # At the usual scale all logits, and all attention weights, are nearly equal.
-                if parameter.ndim > 1:
-                    parameter.mul_(4)
-                elif name.endswith("bias"):
-                    parameter.normal_(0, 0.1)
+        sharpen(module, 4, biases=0.1)
     template = _QWEN_TEMPLATE if architecture == "qwen2.5-vl" else None
     return VisionLanguage(
         module,
@@ -103,19 +99,6 @@ def picture(text: str, height: int = _SIDE, width: int = _SIDE) -> npt.NDArray[n
     draw = np.random.default_rng(seed)
     blocks = draw.integers(0, 256, (-(-height // _PATCH), -(-width // _PATCH), 3), dtype=np.uint8)
     return blocks.repeat(_PATCH, 0).repeat(_PATCH, 1)[:height, :width]
-
-
-def _tokenizer() -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {word: place for place, word in enumerate((*_SPECIALS, *alphabet))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(word, special=True) for word in _SPECIALS])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
 def _module(architecture: Architecture, vocab_size: int, attention: str) -> Any:

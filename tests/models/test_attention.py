@@ -26,6 +26,7 @@ from models.base import Decoding, Forward, Trace, Unsupported
 from models.draft_tree import DraftTree, Topology
 from models.native.build import compiler
 from models.text import CausalLM
+from runner.conformance_base import sharpen
 from tests.models.tiny import NumberTokenizer, tiny_model, tiny_module
 
 PROMPT = [5, 17, 3, 88, 41, 2, 9, 63, 12, 30, 77, 51]
@@ -67,10 +68,7 @@ def own_module(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         module = model_class(model_class.config_class(**_GROUPED, **extra))
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(6.0)
+        sharpen(module, 6.0)
     return module.eval()
 
 

@@ -18,6 +18,7 @@ from models.embedded.tiny_dllm.data import PAD, VOCABULARY
 from models.loading import LoadSettings, ModelError, load
 from models.masked_diffusion import MaskedDiffusionModel
 from models.masked_diffusion_network import Network, read_config, read_network
+from runner.conformance_base import sharpen
 from tests.models.tiny_diffusion import EOS, MASK, save_tiny_llada, tiny_config, tiny_diffusion
 from tests.models.tiny_diffusion import VOCABULARY as TINY_VOCABULARY
 
@@ -99,12 +100,7 @@ def dream_folder(folder: Path, **changes: Any) -> Qwen2ForCausalLM:
             rope_parameters={"rope_type": "default", "rope_theta": settings["rope_theta"]},
         )
     ).eval()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.3)
+    sharpen(module, 8, biases=0.3)
     (folder / "config.json").write_text(json.dumps(settings))
     state = {name: value.contiguous() for name, value in module.state_dict().items()}
     if settings["tie_word_embeddings"]:

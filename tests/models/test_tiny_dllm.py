@@ -46,6 +46,7 @@ from models.embedded.tiny_dllm.data import (
 from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder, load
 from models.embedded.tiny_dllm.train import EPSILON, decode_one_at_a_time, diffusion_loss
 from models.embedded.training import save_half
+from runner.conformance_base import sharpen
 
 SMALL = DecoderConfig(
     d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, mlp_hidden_size=48, vocab_size=len(VOCABULARY)
@@ -56,10 +57,7 @@ SMALL = DecoderConfig(
 def decoder() -> MaskedDiffusionDecoder:
     torch.manual_seed(0)
     module = MaskedDiffusionDecoder(SMALL).eval()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
+    sharpen(module, 8)
     return module
 
 
@@ -67,10 +65,7 @@ def decoder() -> MaskedDiffusionDecoder:
 def twin() -> Any:
     torch.manual_seed(0)
     module = new_module().eval()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    sharpen(module, 4)
     return module
 
 

@@ -11,6 +11,7 @@ import transformers
 
 from models.graphs import GraphPool
 from models.text import CausalLM, Kernels
+from runner.conformance_base import sharpen
 
 _SIZES = {
     "vocab_size": 97,
@@ -63,12 +64,7 @@ def tiny_module(architecture: str, seed: int = 0, attention: str | None = None) 
     torch.manual_seed(seed)
     config = model_class.config_class(**settings, attn_implementation=attention)
     module = model_class(config)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(6.0)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.1)
+    sharpen(module, 6.0, biases=0.1)
     torch.random.set_rng_state(state)
     return module.eval()
 

@@ -17,6 +17,7 @@ from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecode
 from models.masked_diffusion import MaskedDiffusionModel
 from models.masked_diffusion_decode import decode
 from models.masked_diffusion_network import Network, NetworkConfig
+from runner.conformance_base import sharpen
 from tests.models.tiny import NumberTokenizer
 
 MASK, EOS, VOCABULARY = 1, 2, 23
@@ -70,10 +71,7 @@ def save_tiny_llada(folder: Path, *, layers: int = 2) -> MaskedDiffusionDecoder:
         vocab_size=len(WORDS),
     )
     module = MaskedDiffusionDecoder(config).eval()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
+    sharpen(module, 8)
     (folder / "config.json").write_text(config.to_json())
     save_file(module.checkpoint(), folder / "model.safetensors")
     save_tokenizer(folder)

@@ -14,6 +14,7 @@ from methods.decoding.common_drafts import Choose, DraftRow, DrawnTree, ModelDra
 from models.decode import Accepted, Draws, accept_without_replacement
 from models.draft_tree import DraftTree, TreeBuilder
 from models.text import CausalLM, Kernels
+from runner.conformance_base import sharpen
 from tests.models.tiny import NumberTokenizer
 from tests.models.toy import TableModel, TableSession, distribution, path_to
 
@@ -194,10 +195,7 @@ def tiny_llama(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(6.0)
+        sharpen(module, 6.0)
     return CausalLM(module, NumberTokenizer(), f"tiny-{like}", kernels=kernels)
 
 

@@ -41,7 +41,7 @@ from models.embedded.tiny_dllm.data import MASK, PROMPT_LENGTH, VOCABULARY
 from models.stopping import Stopper
 from models.text import CausalLM
 from models.wrapper import GeneratorWrapper
-from runner.conformance_base import PROFILE
+from runner.conformance_base import PROFILE, sharpen
 from tests.models.tiny import NumberTokenizer, tiny_model
 from tests.models.toy import TableModel, TableSession
 
@@ -459,9 +459,7 @@ def test_counts_add_up(
 def test_the_first_window_is_what_training_shows_a_block_that_is_all_masked(block: int) -> None:
     torch.manual_seed(0)
     module = new_module().eval()
-    for parameter in module.parameters():
-        if parameter.ndim > 1:
-            parameter.mul_(4)
+    sharpen(module, 4)
     width = PROMPT_LENGTH + 2 * block
     ids = torch.randint(3, len(VOCABULARY), (1, width))
     masks = torch.full((1, block), MASK)

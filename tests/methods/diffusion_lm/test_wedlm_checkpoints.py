@@ -20,7 +20,7 @@ from models.embedded.tiny_dllm.batches import save_tokenizer
 from models.embedded.tiny_dllm.data import MASK, encode
 from models.loading import LoadSettings, ModelError, load
 from models.wedlm import MASK_TOKEN_ID, causal_config
-from runner.conformance_base import PROFILE
+from runner.conformance_base import PROFILE, sharpen
 from tests.methods.diffusion_lm.test_wedlm import slow_stream
 
 CPU = LoadSettings(device="cpu")
@@ -54,12 +54,7 @@ def checkpoint(folder: Path, *, qk_norm: bool, **more: Any) -> Any:
         if qk_norm
         else Qwen2ForCausalLM(Qwen2Config(**sizes))
     )
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.3)
+    sharpen(module, 8, biases=0.3)
     folder.mkdir(exist_ok=True)
     settings = {
         **sizes,

@@ -28,6 +28,7 @@ from methods.embeddings.token_prepending import TokenPrepending, default_exit
 from models.base import TextEncoder, Unsupported
 from models.encoders import TEMPLATES, Batching, CausalEncoder, ReadOut
 from models.tokenization import HubTokenizer
+from runner.conformance_base import sharpen
 from runner.registry import Registry
 from tasks.mteb_data import PairList
 from tests.methods.embeddings import measure_prepending as measured
@@ -85,10 +86,7 @@ def tiny_encoder(family: str = "llama", splitting: Splitting = "space-and-quote"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = model_class(model_class.config_class(**{**sizes, **changed}))
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(4)  # else every layer is nearly the identity
+        sharpen(module, 4)
     return CausalEncoder(module, words, f"tiny-{family}")
 
 

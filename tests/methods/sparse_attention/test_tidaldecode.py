@@ -33,6 +33,7 @@ from models.base import Decoding, Session, TextModelFacts, Unsupported
 from models.draft_tree import DraftTree
 from models.text import CausalLM, Kernels
 from runner.conformance import check_method, tiny_text_model
+from runner.conformance_base import sharpen
 from tests.models.tiny import NumberTokenizer, tiny_model
 
 CPU = Profile(name="test", kind="cpu", label="test")
@@ -475,10 +476,7 @@ def random_model(architecture: str = "llama", attention: str | None = None) -> C
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = model_class(config)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(5)  # else attention is nearly even, and so are the logits
+        sharpen(module, 5)
     kernels: Kernels = "native" if variant == "native" and not attention else "transformers"
     try:
         return CausalLM(module, NumberTokenizer(), architecture, kernels=kernels)
