@@ -25,8 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
-def recipe_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a command line with what every recipe takes; a recipe adds its own."""
+def recipe_parser(description: str | None, *, compiles: bool = True) -> argparse.ArgumentParser:
+    """Return a command line with what every recipe takes; a recipe adds its own.
+
+    Args:
+        description: What it trains.
+        compiles: Whether it can compile its forward passes.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="Folder of the results.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -34,6 +39,10 @@ def recipe_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps-scale", type=float, default=1.0, help="0.002 is a smoke test.")
     parser.add_argument("--max-seconds", type=float, default=None, help="End early.")
     parser.add_argument("--eval-only", action="store_true", help="Measure the weights in --out.")
+    if compiles:
+        parser.add_argument(
+            "--compile", action="store_true", help="Compile the training's forward passes."
+        )
     return parser
 
 
@@ -83,6 +92,7 @@ def run_recipe(
     train: Callable[[argparse.Namespace, torch.device, SizesT, float], dict[str, object]],
     evaluate: Callable[[Path, torch.device, SizesT], dict[str, float]],
     gate: Callable[[Mapping[str, float]], bool] | None = None,
+    compiles: bool = True,
 ) -> None:
     """Run a recipe from the command line: train, save, measure, write `quality.json`.
 
@@ -93,8 +103,9 @@ def run_recipe(
             known about the run.
         evaluate: Folder, device and sizes to what the saved weights reach.
         gate: Whether that is enough, for the key `gate_passed`.
+        compiles: Whether `train` heeds `--compile`.
     """
-    arguments = recipe_parser(description).parse_args()
+    arguments = recipe_parser(description, compiles=compiles).parse_args()
     begin = time.monotonic()
     out: Path = arguments.out
     device = torch.device(arguments.device)

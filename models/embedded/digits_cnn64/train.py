@@ -69,6 +69,7 @@ def train_extractor(
     batch: int,
     images: int,
     max_seconds: float | None,
+    compiled: bool = False,
 ) -> DigitsCnn64:
     """Train, save `model.safetensors` and `curve.csv`, and return the averaged model."""
     seed_everything(seed)
@@ -76,6 +77,7 @@ def train_extractor(
     pixels, labels = render_range(images, "train", device=device)
     print(f"digits-cnn64: {images} images rendered", flush=True)
     model = DigitsCnn64(len(CLASSES)).to(device)
+    forward = torch.compile(model) if compiled else model
     average = AveragedWeights(model, 0.995)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-3, weight_decay=1e-2, fused=device != "cpu"
@@ -87,7 +89,7 @@ def train_extractor(
         optimizer.param_groups[0]["lr"] = 3e-3 * cosine(progress, warmup=0.05)
         chosen = torch.randint(images, (batch,), device=device, generator=generator)
         inputs = augment(pixels[chosen].float() / 127.5 - 1, generator)
-        logits = model(inputs)
+        logits = forward(inputs)
         loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.02)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -208,6 +210,7 @@ def main() -> None:
             batch=32 if scale < 0.05 else 64 if on_cpu else 512,
             images=max(200, round((20_000 if on_cpu else 60_000) * min(scale, 1.0))),
             max_seconds=arguments.max_seconds,
+            compiled=arguments.compile,
         )
     seconds = None if arguments.eval_only else round(time.monotonic() - begun, 1)
     count = 5000 if scale >= 0.05 else 200

@@ -339,6 +339,9 @@ def train_tokenizer(
     optimizer = torch.optim.AdamW(
         trained, lr=8e-4, betas=(0.9, 0.95), weight_decay=1e-3, fused=recipe.device != "cpu"
     )
+    encode, decode = tokenizer.vectors, tokenizer.decode_vectors
+    if recipe.compiled:
+        encode, decode = torch.compile(encode), torch.compile(decode)
     clock = recipe.clock("tokenizer")
     batch = recipe.preset.tokenizer_batch
     spoken = saved = 0.0
@@ -348,7 +351,7 @@ def train_tokenizer(
         if recipe.device != "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
         with recipe.autocast():
-            vectors = tokenizer.vectors(images)
+            vectors = encode(images)
         flat = vectors.detach().flatten(0, 2)
         if step == 0:
             averages.start(tokenizer, flat, recipe.generator)
@@ -357,7 +360,7 @@ def train_tokenizer(
             codes = tokenizer.codebook[tokens]
         straight = vectors + (codes - vectors).detach()
         with recipe.autocast():
-            rebuilt = tokenizer.decode_vectors(straight)
+            rebuilt = decode(straight)
             perceived = feature_distance(network, rebuilt, images)
         rebuilt = rebuilt.float()
         pixel = (rebuilt - images).abs().mean() + 2 * (rebuilt - images).square().mean()
@@ -693,7 +696,6 @@ def contact_sheet(rows: list[Tensor], path: Path) -> None:
 def main() -> None:
     """Run the recipe."""
     parser = recipe_parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="torch.compile for the decoders")
     parser.add_argument(
         "--extractor",
         type=Path,

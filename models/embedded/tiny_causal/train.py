@@ -354,6 +354,7 @@ def _train_stage(
     checkpoint.restore(stage, clock, parts)
     # The stages before are then in the file as well.
     checkpoint.save(stage, clock.done, clock, parts, now=True)
+    forward = torch.compile(module, dynamic=False) if arguments.compile else module
     losses: list[Tensor] = []
     next_print, next_save = clock.seconds, clock.seconds + sizes.save_seconds
     for step, progress in clock:
@@ -363,9 +364,9 @@ def _train_stage(
         rows = pool.draw(sizes.batch, 1.0 if dual else progress)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             if dual:
-                loss, masked_loss = _dual_losses(module, rows, generator)
+                loss, masked_loss = _dual_losses(forward, rows, generator)
             else:
-                logits = module(
+                logits = forward(
                     input_ids=rows, attention_mask=causal_mask(rows), use_cache=False
                 ).logits
                 loss = masked_loss = next_token_loss(logits, rows)

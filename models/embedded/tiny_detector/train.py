@@ -74,6 +74,7 @@ class Recipe:
         steps_scale: float,
         max_seconds: float | None,
         workers: int,
+        compiled: bool,
     ) -> None:
         began = time.monotonic()
         self.out, self.device, self.seed = out, device, seed
@@ -110,6 +111,10 @@ class Recipe:
         )
         self.watched = requests("validation", 4 if self.small else 192, "box", all_shapes=True)
         self.averaged: AveragedWeights | None = None
+        self.vision, self.logits = self.model.vision, self.model.logits
+        if compiled:
+            self.vision = torch.compile(self.vision, dynamic=False)
+            self.logits = torch.compile(self.logits, dynamic=False)
         columns = ("loss", "f1_50", "ap50")
         self.curve = Curve(out / "curve.csv", columns, self.checkpoint.kept)
         self.quality: dict[str, float] = self.checkpoint.facts.get("validation", {})
@@ -238,14 +243,14 @@ class Recipe:
         """Return the loss on fresh images, and what to print beside it."""
         items = self.store.draw(data.SIZE, batch, self.draws)
         raster = self.renderer.render(items.scene)
-        seen = self.model.vision(raster.image)
+        seen = self.vision(raster.image)
         pooled = self.model.model.vision_tower.post_layernorm(seen.last[:, 0])
         vision, told = self.heads.loss(seen, pooled, vision_labels(items, raster))
         if only_vision:
             return vision, told
         visual = self.model.project(seen.features)
         tokens = items.tokens.long()
-        logits = self.model.logits(visual, self.start, tokens, self.layout)
+        logits = self.logits(visual, self.start, tokens, self.layout)
         # Of two neighbours in different slots the second is no answer: slots begin with prompts.
         targets = tokens[:, 1:]
         each = F.cross_entropy(
@@ -415,7 +420,14 @@ def main() -> None:
         if args.steps_scale < 0.1:
             workers = 0
     Recipe(
-        args.out, args.init, device, args.seed, args.steps_scale, args.max_seconds, workers
+        args.out,
+        args.init,
+        device,
+        args.seed,
+        args.steps_scale,
+        args.max_seconds,
+        workers,
+        args.compile,
     ).run()
 
 

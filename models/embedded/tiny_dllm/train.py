@@ -244,6 +244,8 @@ def train(
         "draws": pool.generator,
     }
     checkpoint.restore("train", clock, parts)
+    # Two shapes, so two compilations.
+    forward = torch.compile(module, dynamic=False) if arguments.compile else module
     losses: list[Tensor] = []
     next_print, next_save = clock.seconds, clock.seconds + sizes.save_seconds
     for step, progress in clock:
@@ -256,7 +258,7 @@ def train(
             LONG_ANSWER if is_long else ANSWER_LENGTH,
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            loss = diffusion_loss(module, rows, generator)
+            loss = diffusion_loss(forward, rows, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)

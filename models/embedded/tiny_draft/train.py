@@ -810,7 +810,7 @@ class Recipe:
 
 def main() -> None:
     """Read the command line and run."""
-    parser = recipe_parser("Distil tiny-draft.")
+    parser = recipe_parser("Distil tiny-draft.", compiles=False)
     parser.add_argument("--teacher", type=Path, required=True)
     Recipe(parser.parse_args()).run()
 

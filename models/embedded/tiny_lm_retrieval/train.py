@@ -342,6 +342,7 @@ def main() -> None:
         train=train,
         evaluate=evaluate,
         gate=lambda quality: quality[f"recall_{LENGTH}_{QUESTION_FACTS}_facts"] >= GATE,
+        compiles=False,
     )
 
 

@@ -21,6 +21,8 @@ from models.embedded.tiny_vlm import data
 from models.embedded.tiny_vlm.network import PATCH, VISION_WIDTH, VisionOutput
 
 CHUNK = 256
+# Moved to the device between two training steps, where other processes make them.
+CHUNKS_A_POLL = 2
 GRID = 12
 
 
@@ -91,9 +93,16 @@ class Store:
             print(f"[data] no more scenes: {error!r}", flush=True)
 
     def poll(self, *, until: int = 0, seconds: float = 60.0) -> None:
-        """Move what has arrived to the device; wait until a size holds `until` scenes."""
+        """Move what has arrived to the device; wait until a size holds `until` scenes.
+
+        A few chunks at most, so that a training step waits for none that are still being made.
+        """
+        moved = 0
         while self.chunks_left:
             waiting = max(self.ready.values()) < until
+            if moved >= CHUNKS_A_POLL and not waiting and self._pool is not None:
+                return
+            moved += 1
             try:
                 size, items = self._arrived.get(timeout=seconds if waiting else 0.0)
             except queue.Empty:

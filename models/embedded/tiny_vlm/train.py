@@ -147,12 +147,11 @@ class Recipe:
         self.curve = Curve(out / "curve.csv", columns, self.checkpoint.kept)
         self.last_table: dict[str, dict[str, float]] = self.checkpoint.facts.get("validation", {})
         self.next_save = self.seconds + SAVE_EVERY_SECONDS
+        # Only what is trained on: the examiner's batches have many shapes.
+        self.vision, self.logits = self.model.vision, self.model.logits
         if compiled:
-            # Attributes of the instance hide the methods of the class.
-            vars(self.model).update(
-                vision=torch.compile(self.model.vision, dynamic=False),
-                logits=torch.compile(self.model.logits, dynamic=False),
-            )
+            self.vision = torch.compile(self.vision, dynamic=False)
+            self.logits = torch.compile(self.logits, dynamic=False)
 
     @property
     def seconds(self) -> float:
@@ -308,7 +307,7 @@ class Recipe:
         """Return the loss of the vision stage on fresh images."""
         items = self.store.draw(96, batch, self.draws)
         raster = self.renderers[96].render(items.scene)
-        seen = self.model.vision(raster.image)
+        seen = self.vision(raster.image)
         pooled = self.model.model.vision_tower.post_layernorm(seen.last[:, 0])
         return self.heads.loss(seen, pooled, vision_labels(items, raster))
 
@@ -319,7 +318,7 @@ class Recipe:
         raster = self.renderers[size].render(items.scene)
         loss = torch.zeros((), device=self.device)
         if stage.vision_rate_share and size == 96:
-            seen = self.model.vision(raster.image)
+            seen = self.vision(raster.image)
             pooled = self.model.model.vision_tower.post_layernorm(seen.last[:, 0])
             loss, _ = self.heads.loss(seen, pooled, vision_labels(items, raster))
             loss = VISION_LOSS_WEIGHT * loss
@@ -327,7 +326,7 @@ class Recipe:
         else:
             visual = visual_embeddings(self.model, raster.image)
         words = compose(items, stage.mix, self.rates.letter, self.rates.direct, self.draws)
-        logits = self.model.logits(visual, self.start, words.tokens, layout)
+        logits = self.logits(visual, self.start, words.tokens, layout)
         return loss + words_entropy(logits, words)
 
     @torch.no_grad()
@@ -485,7 +484,6 @@ def main() -> None:
     """Read the command line and train, or evaluate a folder's weights."""
     parser = recipe_parser(__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.eval_only:
