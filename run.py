@@ -238,14 +238,25 @@ def table(
     format: Annotated[
         str, typer.Option("--format", help="table, md, csv, latex, json or html.")
     ] = "table",
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw quality against cost into this .svg, .png or .pdf instead."),
+    ] = None,
     store: Store = Request.store,
 ) -> None:
-    """Print the comparison tables of a run."""
-    from results import tables
+    """Print the comparison tables of a run, or draw its curves."""
+    from results import plots, tables
 
     choose("--format", format, ("table", *tables.FORMATS))
     index = index_of(store)
     with store_errors(2):
+        if plot is not None:
+            try:
+                count = plots.draw(index, plot, run, task or ())
+            except (ValueError, plots.PlotUnavailable) as error:
+                raise UsageError(f"--plot: {error}") from error
+            typer.echo(f"{plot}: curves of {count} {'table' if count == 1 else 'tables'}")
+            return
         if format == "table":
             output(tables.terminal(index, run, task or ()))
         else:
