@@ -93,6 +93,7 @@ def run_recipe(
     evaluate: Callable[[Path, torch.device, SizesT], dict[str, float]],
     gate: Callable[[Mapping[str, float]], bool] | None = None,
     compiles: bool = True,
+    continues: bool = False,
 ) -> None:
     """Run a recipe from the command line: train, save, measure, write `quality.json`.
 
@@ -104,8 +105,12 @@ def run_recipe(
         evaluate: Folder, device and sizes to what the saved weights reach.
         gate: Whether that is enough, for the key `gate_passed`.
         compiles: Whether `train` heeds `--compile`.
+        continues: Whether `train` heeds `--init`, a folder of weights to begin with.
     """
-    arguments = recipe_parser(description, compiles=compiles).parse_args()
+    parser = recipe_parser(description, compiles=compiles)
+    if continues:
+        parser.add_argument("--init", type=Path, help="Folder of weights to begin with.")
+    arguments = parser.parse_args()
     begin = time.monotonic()
     out: Path = arguments.out
     device = torch.device(arguments.device)

@@ -98,6 +98,7 @@ class Recipe:
         max_seconds: Wall time of everything, evaluation included; None trains all steps.
         workers: Processes that make scenes; 0 makes them before training.
         compiled: Compile the forward passes.
+        init: Folder of weights, and of the stages that are over by its quality.json, to begin with.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Recipe:
         max_seconds: float | None,
         workers: int,
         compiled: bool,
+        init: Path | None = None,
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.checkpoint = Checkpoint(
@@ -130,6 +132,13 @@ class Recipe:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         self.model = TinyVlm().to(device)
+        if init is not None and not self.checkpoint.stage:
+            self.model.load_state_dict(load(init, device).state_dict())
+            done = json.loads((init / "quality.json").read_text())["stages"]
+            self.checkpoint.facts["stages"] = {
+                facts["stage"]: {name: facts[name] for name in ("steps", "batch", "seconds")}
+                for facts in done
+            }
         self.heads = VisionHeads().to(device)
         self.renderers = {size: Renderer(size, device) for size in (96, 192)}
         # Started before the examiner's scenes are made, so that both go on together.
@@ -484,6 +493,7 @@ def main() -> None:
     """Read the command line and train, or evaluate a folder's weights."""
     parser = recipe_parser(__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--init", type=Path, help="Weights and finished stages to begin with.")
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.eval_only:
@@ -497,7 +507,14 @@ def main() -> None:
         if args.steps_scale < 0.1:
             workers = 0
     Recipe(
-        args.out, device, args.seed, args.steps_scale, args.max_seconds, workers, args.compile
+        args.out,
+        device,
+        args.seed,
+        args.steps_scale,
+        args.max_seconds,
+        workers,
+        args.compile,
+        args.init,
     ).run()
 
 
