@@ -421,6 +421,11 @@ def checkpoint_names(weights: Mapping[str, Tensor], kind: str) -> dict[str, Tens
     return found
 
 
+def own_names(weights: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Return a checkpoint's weights by their names in `Network`, as `checkpoint_names` reversed."""
+    return {_our_name(key, _NAMING[kind]): weight for key, weight in weights.items()}
+
+
 def _our_name(key: str, naming: _Naming) -> str:
     """Return what a checkpoint's weight is called in `Network`; the key itself if unknown."""
     stem, _, kind = key.rpartition(".")

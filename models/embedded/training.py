@@ -93,7 +93,7 @@ def run_recipe(
     evaluate: Callable[[Path, torch.device, SizesT], dict[str, float]],
     gate: Callable[[Mapping[str, float]], bool] | None = None,
     compiles: bool = True,
-    continues: bool = False,
+    options: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> None:
     """Run a recipe from the command line: train, save, measure, write `quality.json`.
 
@@ -105,11 +105,11 @@ def run_recipe(
         evaluate: Folder, device and sizes to what the saved weights reach.
         gate: Whether that is enough, for the key `gate_passed`.
         compiles: Whether `train` heeds `--compile`.
-        continues: Whether `train` heeds `--init`, a folder of weights to begin with.
+        options: Adds the recipe's own options to its command line.
     """
     parser = recipe_parser(description, compiles=compiles)
-    if continues:
-        parser.add_argument("--init", type=Path, help="Folder of weights to begin with.")
+    if options is not None:
+        options(parser)
     arguments = parser.parse_args()
     begin = time.monotonic()
     out: Path = arguments.out

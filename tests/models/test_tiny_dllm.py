@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,7 +44,7 @@ from models.embedded.tiny_dllm.data import (
     held_out_pairs,
     pair_key,
 )
-from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder, load
+from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder, beginning, load
 from models.embedded.tiny_dllm.train import EPSILON, decode_one_at_a_time, diffusion_loss
 from models.embedded.training import save_half
 from runner.conformance_base import sharpen
@@ -338,6 +339,40 @@ def test_the_diffusion_loss_masks_only_answers_and_weighs_by_the_rows_probabilit
         entropy = F.cross_entropy(logits[0, places], rows[row, places], reduction="sum")
         expected += float(entropy) / probability / ANSWER_LENGTH / 64
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_with_a_prefix_share_of_one_nothing_before_the_first_mask_is_masked_again() -> None:
+    rows = Pool(50, 0, torch.device("cpu")).draw(64, 1.0)
+    module = Recording(torch.zeros(1, rows.shape[1], len(VOCABULARY)))
+    diffusion_loss(module, rows, torch.Generator().manual_seed(4))
+    diffusion_loss(module, rows, torch.Generator().manual_seed(4), prefix_share=1.0)
+    plain, prefixed = ((given == MASK)[:, PROMPT_LENGTH:] for given in module.given)
+    # The same draws, but for a stretch at the front of each row.
+    assert not (prefixed & ~plain).any()
+    known = (plain & ~prefixed).long()
+    last_known = (known * torch.arange(ANSWER_LENGTH)).amax(1)
+    first_masked = torch.where(prefixed, torch.arange(ANSWER_LENGTH), ANSWER_LENGTH).amin(1)
+    assert (first_masked > last_known).all()
+    tokens = (rows[:, PROMPT_LENGTH:] != EOT).sum(1)
+    assert (last_known < tokens).all()
+    assert (known.sum(1) > 0).float().mean() > 0.5
+
+
+def test_the_causal_twins_weights_under_a_causal_mask_give_its_logits(
+    twin: Any, tmp_path: Path
+) -> None:
+    twin.config.save_pretrained(tmp_path)
+    save_file(
+        {name: value.contiguous() for name, value in twin.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    module = MaskedDiffusionDecoder(DecoderConfig()).eval()
+    module.network.load_state_dict(beginning(tmp_path))
+    rows = Pool(20, 0, torch.device("cpu")).draw(4, 1.0)
+    with torch.no_grad():
+        expected = twin(input_ids=rows, attention_mask=causal_mask(rows), use_cache=False).logits
+        states = module.network(rows, 0, None, None, causal_mask(rows))
+        torch.testing.assert_close(module.network.head(states), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_one_at_a_time_decoding_writes_the_most_confident_token_of_the_block() -> None:

@@ -266,7 +266,16 @@ def evaluate(folder: Path, device: torch.device, sizes: Sizes) -> dict[str, Any]
 
 def main() -> None:
     """Train both stages, save, measure."""
-    run_recipe("Train tiny-causal.", sizes=SIZES, smoke=SMOKE, train=train, evaluate=evaluate)
+    run_recipe(
+        "Train tiny-causal.",
+        sizes=SIZES,
+        smoke=SMOKE,
+        train=train,
+        evaluate=evaluate,
+        options=lambda parser: parser.add_argument(
+            "--init", type=Path, help="Folder whose first stage is over."
+        ),
+    )
 
 
 def train(
@@ -305,6 +314,12 @@ def train(
         (CAUSAL_SHARE, 1 - CAUSAL_SHARE),
         strict=True,
     )
+    if arguments.init is not None and not checkpoint.stage:
+        # Its first stage is over.
+        state = load_file(arguments.init / "model.safetensors")
+        module.load_state_dict(state)
+        size = save_half(state, out / "model.safetensors")
+        checkpoint.facts["causal"] = {"initialised_from": arguments.init.name, "bytes": size}
     for stage, steps, share in stages:
         if stage in checkpoint.facts:
             continue
@@ -337,6 +352,8 @@ def _train_stage(
     on_gpu = device.type == "cuda"
     peak = DUAL_LEARNING_RATE if dual else LEARNING_RATE
     file = out / ("dual_stream.safetensors" if dual else "model.safetensors")
+    # On a CPU more steps are worth more than larger ones: the model knows the language already.
+    batch = sizes.batch // 4 if dual and not on_gpu else sizes.batch
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu
     )
@@ -361,7 +378,7 @@ def _train_stage(
         for group in optimizer.param_groups:
             group["lr"] = peak * cosine(progress, warmup=0.02)
         # The second stage knows the language already.
-        rows = pool.draw(sizes.batch, 1.0 if dual else progress)
+        rows = pool.draw(batch, 1.0 if dual else progress)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             if dual:
                 loss, masked_loss = _dual_losses(forward, rows, generator)

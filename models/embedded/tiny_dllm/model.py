@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.masked_diffusion_network import (
     Network,
     checkpoint_names,
+    own_names,
     read_config,
     read_network,
 )
@@ -127,3 +129,17 @@ def load(folder: Path) -> MaskedDiffusionDecoder:
     module = MaskedDiffusionDecoder(config)
     module.network = read_network(folder, torch.float32, "cpu")
     return module.eval()
+
+
+def beginning(folder: Path) -> dict[str, Tensor]:
+    """Return the weights, float32, that a training is to begin with.
+
+    Args:
+        folder: Of this model, or of its causal twin, which has the same shapes and the same words
+            (as Dream began with a causal model's weights, arXiv 2508.15487).
+    """
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Llama's names are those of Dream's checkpoints.
+    kind = "llada" if settings["model_type"] == "llada" else "dream"
+    found = own_names(load_file(folder / "model.safetensors"), kind)
+    return {name: weight.float() for name, weight in found.items()}

@@ -37,7 +37,12 @@ from models.embedded.tiny_dllm.data import (
     Problems,
     decode,
 )
-from models.embedded.tiny_dllm.model import DecoderConfig, MaskedDiffusionDecoder, load
+from models.embedded.tiny_dllm.model import (
+    DecoderConfig,
+    MaskedDiffusionDecoder,
+    beginning,
+    load,
+)
 from models.embedded.training import (
     AveragedWeights,
     Checkpoint,
@@ -89,13 +94,17 @@ SIZES = {
 SMOKE = Sizes(0, 4, 200, 4, 4, 4, 600.0)
 
 
-def diffusion_loss(module: torch.nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+def diffusion_loss(
+    module: torch.nn.Module, rows: Tensor, generator: torch.Generator, prefix_share: float = 0.0
+) -> Tensor:
     """Return the loss of one batch of rows of prompt and answer.
 
     Args:
         module: Ids to logits in place.
         rows: (batch, PROMPT_LENGTH + answer length).
         generator: Of the times and the masks, on the rows' device.
+        prefix_share: Of the rows, in which the answer is there up to a random token of it, as when
+            it is decoded in blocks.
     """
     batch, width = rows.shape
     answer_length = width - PROMPT_LENGTH
@@ -104,7 +113,13 @@ def diffusion_loss(module: torch.nn.Module, rows: Tensor, generator: torch.Gener
     time_ = ((slices / batch + offset) % 1)[:, None]
     probability = (1 - EPSILON) * time_ + EPSILON
     draw = torch.rand(batch, answer_length, device=rows.device, generator=generator)
-    masked = F.pad(draw < probability, (PROMPT_LENGTH, 0), value=False)
+    masked = draw < probability
+    if prefix_share:
+        tokens = (rows[:, PROMPT_LENGTH:] != EOT).sum(1)
+        chance = torch.rand(batch, 2, device=rows.device, generator=generator)
+        known = (chance[:, 0] * tokens).long() * (chance[:, 1] < prefix_share)
+        masked &= torch.arange(answer_length, device=rows.device) >= known[:, None]
+    masked = F.pad(masked, (PROMPT_LENGTH, 0), value=False)
     logits = module(torch.where(masked, MASK, rows))[:, PROMPT_LENGTH:]
     entropy = F.cross_entropy(
         logits.float().flatten(0, 1), rows[:, PROMPT_LENGTH:].flatten(), reduction="none"
@@ -199,6 +214,17 @@ def main() -> None:
             quality["exact_match_1_2_steps"] >= GATE_1_2_STEPS
             and quality["exact_match"] >= GATE_OVERALL
         ),
+        options=_add_options,
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--init", type=Path, help="Weights to begin with, its own or the twin's.")
+    parser.add_argument(
+        "--prefix-share",
+        type=float,
+        default=0.0,
+        help="Of the rows, whose answer is there up to a random token.",
     )
 
 
@@ -215,7 +241,10 @@ def train(
     (out / "config.json").write_text(config.to_json(), encoding="utf-8")
     save_tokenizer(out)
     pool = Pool(sizes.per_level, arguments.seed, device)
-    module = MaskedDiffusionDecoder(config).to(device)
+    module = MaskedDiffusionDecoder(config)
+    if arguments.init is not None:
+        module.network.load_state_dict(beginning(arguments.init))
+    module.to(device)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     averaged_module = MaskedDiffusionDecoder(config).to(device).eval()
     average = AveragedWeights(module, 0.999)
@@ -227,7 +256,13 @@ def train(
         fused=on_gpu,
     )
     generator = torch.Generator(device).manual_seed(arguments.seed + 1)
-    recipe = {"seed": arguments.seed, "device": device.type, "sizes": sizes._asdict()}
+    recipe = {
+        "seed": arguments.seed,
+        "device": device.type,
+        "sizes": sizes._asdict(),
+        "prefix_share": arguments.prefix_share,
+        "initialised_from": None if arguments.init is None else arguments.init.name,
+    }
     checkpoint = Checkpoint(out, recipe)
     curve = Curve(out / "curve.csv", CURVE_COLUMNS, checkpoint.kept)
     glance = held_out(sizes.glance)
@@ -254,11 +289,12 @@ def train(
         is_long = step % round(1 / LONG_SHARE) == 0
         rows = pool.draw(
             sizes.batch // 2 if is_long else sizes.batch,
-            progress,
+            # A model that is trained on knows all lengths of problems.
+            progress if arguments.init is None else 1.0,
             LONG_ANSWER if is_long else ANSWER_LENGTH,
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            loss = diffusion_loss(forward, rows, generator)
+            loss = diffusion_loss(forward, rows, generator, arguments.prefix_share)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -293,6 +329,8 @@ def train(
         "train_seconds": round(clock.seconds, 1),
         "batch": sizes.batch,
         "seed": arguments.seed,
+        "initialised_from": None if arguments.init is None else arguments.init.name,
+        "prefix_share": arguments.prefix_share,
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "torch": torch.__version__,
     }
