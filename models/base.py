@@ -439,6 +439,7 @@ class VisionLanguageFacts:
         has_cls: Whether the tower has a [CLS] token.
         rotary_axes: Axes of the decoder's positions: 1, or 3 for time, height and width.
         vision_parameters, projector_parameters: Weights of their matrices.
+        weight_bytes: Bytes of all three.
         dtype: Name of the weights' dtype, `float32` or the like.
     """
 
@@ -449,7 +450,13 @@ class VisionLanguageFacts:
     rotary_axes: int
     vision_parameters: int
     projector_parameters: int
+    weight_bytes: int
     dtype: str
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights of the matrices of tower, projector and decoder."""
+        return self.text.matrix_parameters + self.vision_parameters + self.projector_parameters
 
 
 @runtime_checkable
@@ -550,6 +557,112 @@ class MaskedDiffusionLM(Protocol):
             padding: Positions at the left end of each row that nobody sees.
             length: Positions of a row, these included.
             keeps: Whether keys and values are kept for forwards over parts of the sequence.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        ...
+
+
+DetectionOutput = Literal["box", "point", "polygon", "keypoint"]
+"""What a detector is asked for: boxes, one point in each thing, outlines, or named points of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """One thing that a detector found.
+
+    Positions are in pixels of the image as it was given, x to the right and y down; the left edge
+    of the first pixel is 0.0 and the right edge of the last one is the image's width.
+
+    Attributes:
+        coordinates: Of a box x0, y0, x1, y1 (edges, x0 <= x1 and y0 <= y1), of a point x, y, of a
+            polygon the corners x, y, x, y, ... in order and without the first one again, at least
+            three. Asked for key points: the box around the thing, or () if none is given.
+        keypoints: Asked for key points, (x, y) of each in the order of their names, None where the
+            detector says that it cannot be seen; otherwise ().
+        score: How sure the detector is, in [0, 1]; None if it does not say. For coordinates that
+            are tokens the exponential of their mean log-probability.
+        tokens: Output tokens that say where it is; 0 for a head that has none.
+    """
+
+    coordinates: tuple[float, ...]
+    keypoints: tuple[tuple[float, float] | None, ...] = ()
+    score: float | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections(Generation):
+    """What a detector found in an image.
+
+    `token_ids` is empty for a detector that writes no tokens; its `text` then says in words what
+    it found.
+
+    Attributes:
+        found: The instances of each phrase, in the order of the phrases; () where it found none.
+        format_errors: What in the answer was no answer, an entry for each piece: coordinates that
+            are too few, a phrase that was not asked or that is missing, an end that never came. The
+            rest of the answer is in `found`. Empty for a well-formed answer.
+    """
+
+    found: tuple[tuple[Instance, ...], ...]
+    format_errors: tuple[str, ...] = ()
+
+    @property
+    def output_tokens(self) -> int:
+        """Number of tokens of the answer."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorFacts:
+    """Sizes of a detector, for counting work, and what it can say.
+
+    Attributes:
+        outputs: What it can be asked for.
+        bins: Different values that a coordinate can have from one edge of the image to the other,
+            both included; None if coordinates are continuous.
+        matrix_parameters: Weights of its matrices.
+        weight_bytes: Bytes of them.
+        dtype: Name of the weights' dtype, `float32` or the like.
+    """
+
+    outputs: tuple[DetectionOutput, ...]
+    bins: int | None
+    matrix_parameters: int
+    weight_bytes: int
+    dtype: str
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Finds things that are named in an image."""
+
+    name: str
+    facts: DetectorFacts
+
+    def detect(
+        self,
+        image: npt.NDArray[np.uint8],
+        phrases: Sequence[str],
+        output: DetectionOutput,
+        decoding: Decoding,
+        *,
+        keypoints: Sequence[str] = (),
+    ) -> Detections:
+        """Find all instances of each phrase.
+
+        Args:
+            image: RGB, (height, width, 3), uint8.
+            phrases: Names of categories or descriptions, all different; some may name nothing.
+            output: What is wanted of each instance.
+            decoding: For detectors that write tokens.
+            keypoints: Names of the points wanted, for the output `keypoint` alone.
+
+        Raises:
+            Unsupported: It cannot give this output.
         """
         ...
 

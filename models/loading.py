@@ -26,6 +26,7 @@ from models.cache import cache_dir
 
 if TYPE_CHECKING:
     from models.base import (
+        Detector,
         MaskedDiffusionLM,
         TextEncoder,
         TextGenerator,
@@ -34,7 +35,14 @@ if TYPE_CHECKING:
     )
     from models.text import CausalLM
 
-    Model = TextGenerator | TextEncoder | TokenizedLM | VisionLanguageModel | MaskedDiffusionLM
+    Model = (
+        TextGenerator
+        | TextEncoder
+        | TokenizedLM
+        | VisionLanguageModel
+        | Detector
+        | MaskedDiffusionLM
+    )
 
 _EMBEDDED = Path(__file__).parent / "embedded"
 _DONORS = _EMBEDDED / "donors"
@@ -242,6 +250,10 @@ def load(
         from models.vision_language import load_vision_language
 
         return load_vision_language(folder, model_id, settings, tokenizer_folder)
+    if capability == "Detector":
+        from models.detector import load_detector
+
+        return load_detector(folder, model_id, settings, tokenizer_folder)
     if capability == "MaskedDiffusionLM":
         from models.masked_diffusion import load_masked_diffusion
 

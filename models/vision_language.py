@@ -509,14 +509,16 @@ class VisionLanguage(OnDevice):
         text = model_facts(self.module)
         parameters = self.decoder.parameters
         item_bytes = next(self.module.parameters()).element_size()
+        tower, projector = self.tower.parameters, self.tower.projector_parameters
         return VisionLanguageFacts(
             text=replace(text, matrix_parameters=parameters, weight_bytes=parameters * item_bytes),
             vision_layers=self.tower.num_layers,
             feature_layer=self.tower.feature_layer,
             has_cls=self.tower.has_cls,
             rotary_axes=self.decoder.rotary_axes,
-            vision_parameters=self.tower.parameters,
-            projector_parameters=self.tower.projector_parameters,
+            vision_parameters=tower,
+            projector_parameters=projector,
+            weight_bytes=(parameters + tower + projector) * item_bytes,
             dtype=text.dtype,
         )
 

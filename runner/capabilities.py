@@ -33,6 +33,7 @@ CONVENTIONS: Mapping[str, Conventions] = {
         baseline="low-confidence", output_unit="token", has_steps=True, answers=("TextGenerator",)
     ),
     "VisionLanguageModel": Conventions(baseline="full-tokens", output_unit="answer"),
+    "Detector": Conventions(baseline="detect", output_unit="image"),
 }
 
 

@@ -24,7 +24,7 @@ from runner.conformance_base import (
     random_llama,
     snapshot,
 )
-from runner.conformance_vision import picture, tiny_vision
+from runner.conformance_vision import picture, tiny_detector, tiny_vision
 
 TEXTS = (
     "the cat sat on the mat",
@@ -164,6 +164,20 @@ def _answer(model: Any, text: str) -> Found:
     return Found((found.token_ids, found.option_log_probabilities), work)
 
 
+def _detect(model: Any, text: str) -> Found:
+    # Words that a head with a closed vocabulary knows too.
+    decoding = Decoding(max_new_tokens=24, ignore_eos=True)
+    found = model.detect(picture(text, 24, 48), ("star", "red circle"), "box", decoding)
+    work = {
+        "output_tokens": found.output_tokens,
+        "prefill_tokens": sum(forward.width for forward in found.trace.prefill),
+        "forwards": len(found.trace.forwards),
+        "flops": int(found.trace.flops),
+        "kv_bytes": found.trace.kv_bytes,
+    }
+    return Found((found.token_ids, found.found), work)
+
+
 CALLS: Mapping[str, Calls] = {
     "TextEncoder": Calls(
         model=tiny_encoder,
@@ -172,6 +186,7 @@ CALLS: Mapping[str, Calls] = {
     ),
     "TokenizedLM": Calls(model=tiny_tokenized, call=_score),
     "VisionLanguageModel": Calls(model=tiny_vision, call=_answer),
+    "Detector": Calls(model=tiny_detector, call=_detect),
     "MaskedDiffusionLM": Calls(model=tiny_masked_diffusion, call=_fill_in),
 }
 

@@ -12,6 +12,9 @@ import torch
 from runner.conformance_base import byte_tokenizer, sharpen
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from models.detector import CoordinateDetector
     from models.vision_language import VisionLanguage
 
 Architecture = Literal["llava", "llava-next", "qwen2.5-vl"]
@@ -65,7 +68,10 @@ def _text(vocab_size: int) -> dict[str, Any]:
 
 
 def tiny_vision(
-    architecture: Architecture = "llava", attention: str = "sdpa", seed: int = 0
+    architecture: Architecture = "llava",
+    attention: str = "sdpa",
+    seed: int = 0,
+    added: Sequence[str] = (),
 ) -> VisionLanguage:
     """Return a seeded random model of some hundred thousand weights that reads bytes.
 
@@ -74,11 +80,12 @@ def tiny_vision(
             image's shape; `qwen2.5-vl` has one token for 8 x 8 pixels, and windows.
         attention: Kernel of transformers, `sdpa` or `eager`.
         seed: Of the weights.
+        added: Tokens beyond the bytes and its own special ones.
     """
     from models.tokenization import HubTokenizer
     from models.vision_language import VisionLanguage
 
-    tokenizer = byte_tokenizer(_SPECIALS)
+    tokenizer = byte_tokenizer((*_SPECIALS, *added))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = _module(architecture, len(tokenizer), attention)
@@ -91,6 +98,20 @@ def tiny_vision(
         f"tiny-random-{architecture}",
         template=template,
     )
+
+
+def tiny_detector(architecture: Architecture = "llava", bins: int = 32) -> CoordinateDetector:
+    """Return a random detector that writes coordinate tokens; see `tiny_vision`.
+
+    Args:
+        architecture: Of the model.
+        bins: Different values of a coordinate.
+    """
+    from models.detector import CoordinateDetector
+
+    markers = ("object_ref_start", "object_ref_end", "box_start", "box_end")
+    added = [f"<|{marker}|>" for marker in markers] + [f"<{number}>" for number in range(bins)]
+    return CoordinateDetector(tiny_vision(architecture, added=added))
 
 
 def picture(text: str, height: int = _SIDE, width: int = _SIDE) -> npt.NDArray[np.uint8]:

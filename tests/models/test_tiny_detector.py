@@ -13,13 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from models.embedded.scenes import raster
 from models.embedded.scenes.generator import SHAPES, Draws, generate
 from models.embedded.scenes.questions import resolve
-from models.embedded.tiny_detector import data, text, train
+from models.embedded.scenes.raster_torch import Renderer
+from models.embedded.tiny_detector import data, post_train, text, train
 from models.embedded.tiny_detector.evaluate import (
-    Reply,
     Request,
     ask,
     average_precision,
@@ -30,6 +31,16 @@ from models.embedded.tiny_detector.evaluate import (
     score,
     score_points,
 )
+from models.embedded.tiny_detector.grpo import (
+    Named,
+    advantages,
+    box_reward,
+    divergence_terms,
+    point_reward,
+    policy_terms,
+)
+from models.embedded.tiny_detector.post_train import answer_log_probabilities, doubled
+from models.embedded.tiny_detector.rollout import Reply, nucleus, rollout
 from models.embedded.tiny_detector.text import (
     ADDED,
     COMMA,
@@ -40,11 +51,10 @@ from models.embedded.tiny_detector.text import (
     encode_answer,
     encode_prompt,
     parse,
-    position,
     prompt,
-    quantise,
 )
 from models.embedded.tiny_detector.train import order_coordinates, take_over, write_files
+from models.embedded.tiny_vlm.evaluate import prompt_start, visual_embeddings
 from models.embedded.tiny_vlm.network import TinyVlm, llava_config
 from models.embedded.tiny_vlm.text import EOS
 from models.embedded.training import save_half
@@ -98,22 +108,6 @@ def test_garbage_is_counted_and_skipped():
     assert parsed.malformed == 1
     assert parse([COMMA, NONE, EOS], "box") == ([], [], 1, True)
     assert parse([], "box").found == []
-
-
-@settings(max_examples=60)
-@given(st.floats(0, 96), st.floats(0, 96))
-def test_quantising_is_monotone_and_loses_less_than_a_bin(first: float, second: float):
-    low, high = sorted((first, second))
-    assert quantise(low, 96) <= quantise(high, 96)
-    lost = first - position(quantise(first, 96), 96)
-    assert -1e-9 <= lost <= 96 / 999 + 1e-9
-
-
-def test_the_ends_of_the_image_have_bins():
-    assert quantise(0, 96) == 0
-    assert quantise(96, 96) == 999
-    assert quantise(-3, 96) == 0
-    assert position(999, 96) == 96
 
 
 def test_boxes_are_those_of_the_drawn_masks():
@@ -311,11 +305,12 @@ def test_swapped_corners_do_not_make_boxes():
 
 
 def test_the_committed_folder_is_complete():
-    if not (FOLDER / "model.safetensors").exists():
-        pytest.skip("the weights are not trained yet")
     assert (FOLDER / "model.safetensors").stat().st_size <= 15_000_000
     assert json.loads((FOLDER / "config.json").read_text()) == llava_config(VOCABULARY_SIZE)
     assert json.loads((FOLDER / "quality.json").read_text())["final"]
+    assert json.loads((FOLDER / "detector.json").read_text()) == text.DIALECT
+    quality = json.loads((FOLDER / "quality.json").read_text())
+    assert quality["reached"] == {"ap50": True, "f1_50": True}
     for name in ("curve.csv", "README.md", "sample.png", "tokenizer.json"):
         assert (FOLDER / name).stat().st_size > 0
 
@@ -351,3 +346,222 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
             ("vision", 4),
             ("requests", 4),
         ]
+
+
+@cache
+def trained() -> TinyVlm:
+    return train.load(FOLDER, torch.device("cpu"))
+
+
+@cache
+def seen_requests() -> tuple[list[Request], torch.Tensor]:
+    """Return requests of different lengths, and the embeddings of their images."""
+    asked = requests("validation", 2, "box", all_shapes=False)
+    packed = torch.from_numpy(np.stack([request.scene.pack() for request in asked]))
+    image = Renderer(data.SIZE, "cpu").render(packed).image
+    with torch.no_grad():
+        return asked, visual_embeddings(trained(), image)
+
+
+def test_log_probabilities_of_a_rollout_are_those_of_the_training_forward():
+    asked, visual = seen_requests()
+    start = prompt_start("cpu")
+    prompts = [list(encode_prompt(prompt("box", each.phrases))) for each in asked]
+    assert len({len(ids) for ids in prompts}) == 2
+    replies = rollout(
+        trained(),
+        visual,
+        start,
+        prompts,
+        limit=30,
+        copies=2,
+        temperature=1.0,
+        top_p=0.99,
+        draws=torch.Generator().manual_seed(3),
+    )
+    groups = [[reply.ids for reply in replies[:2]], [reply.ids for reply in replies[2:]]]
+    with torch.no_grad():
+        sure, where = answer_log_probabilities(trained(), visual, start, prompts, groups)
+    for number, reply in enumerate(replies):
+        row, column = divmod(number, 2)
+        own = sure[row, column][where[row, column]]
+        assert own.tolist() == pytest.approx(reply.log_probabilities, abs=2e-3)
+    assert replies[0].ids != replies[1].ids
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_its_share():
+    probabilities = torch.tensor([[0.5, 0.1, 0.3, 0.1]])
+    assert nucleus(probabilities, 0.75).tolist() == [[0.5, 0.0, pytest.approx(0.3), 0.0]]
+    assert nucleus(probabilities, 0.5).tolist() == [[0.5, 0.0, 0.0, 0.0]]
+    assert nucleus(probabilities, 1.0) is probabilities
+
+
+SQUARES = np.array([[0, 0, 10, 10], [40, 40, 60, 60], [10, 70, 30, 95]], float)
+
+
+def test_the_released_reward_does_not_see_a_box_told_twice():
+    truth = [Named("star", SQUARES), Named("cross", np.zeros((0, 4)))]
+    twice = [Named("star", np.concatenate([SQUARES, SQUARES]))]
+    for matching, expected in (("max", 1.0), ("one_to_one", 2 / 3)):
+        assert box_reward(truth, truth, matching) == pytest.approx(1.0)
+        assert box_reward(twice, truth, matching) == pytest.approx(expected)
+    assert box_reward(twice, truth, "max", duplicate_penalty=0.4) == pytest.approx(0.8)
+
+
+def test_rewards_of_empty_degenerate_and_swapped_answers():
+    truth = [Named("star", SQUARES)]
+    nothing = [Named("star", np.zeros((0, 4)))]
+    for matching in ("max", "one_to_one"):
+        assert box_reward(nothing, nothing, matching) == 1.0
+        assert box_reward(truth, nothing, matching) == 0.0
+        assert box_reward(nothing, truth, matching) == 0.0
+        flat = [Named("star", np.array([[5, 5, 5, 9]], float))]
+        assert box_reward(flat, nothing, matching) == 1.0
+        swapped = [Named("star", SQUARES[:, [2, 3, 0, 1]])]
+        assert box_reward(swapped, truth, matching) == pytest.approx(1.0)
+        assert box_reward([Named("cross", SQUARES)], truth, matching) == 0.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_one_to_one_rewards_are_the_best_of_all_matchings(seed: int):
+    draws = np.random.default_rng(seed)
+    low = draws.uniform(0, 50, (2, 4, 2))
+    boxes = np.concatenate([low, low + draws.uniform(5, 40, (2, 4, 2))], -1)
+    told, truth = boxes[0][: draws.integers(1, 5)], boxes[1]
+    overlap = intersection_over_union(told, truth)
+    best = max(
+        sum(overlap[i, j] for i, j in enumerate(order))
+        for order in itertools.permutations(range(4), len(told))
+    )
+    reward = box_reward([Named("a", told)], [Named("a", truth)], "one_to_one")
+    assert reward == pytest.approx(2 * best / (len(told) + 4))
+    # Neither the order of the boxes nor the released reward's freedom makes it larger.
+    shuffled = box_reward([Named("a", told[::-1])], [Named("a", truth[::-1])], "one_to_one")
+    assert shuffled == pytest.approx(reward)
+    assert box_reward([Named("a", told)], [Named("a", truth)], "max") >= reward - 1e-9
+
+
+def test_a_point_counts_once_and_within_its_mask_alone():
+    masks = np.zeros((2, 20, 20), bool)
+    masks[0, 2:6, 2:6] = masks[1, 10:15, 10:15] = True
+    regions = [("star", list(masks))]
+    inside = np.array([[3.0, 5.9], [12.0, 12.0]])
+    assert point_reward([Named("star", inside)], regions) == 1.0
+    assert point_reward([Named("cross", inside)], regions) == 0.0
+    both = np.array([[3.0, 3.0], [4.0, 4.0]])
+    assert point_reward([Named("star", both)], regions) == 0.5
+    outside = np.array([[6.0, 6.0], [40.0, 3.0], [12.0, 12.0]])
+    assert point_reward([Named("star", outside)], regions) == pytest.approx(2 / 5)
+    # Where two things overlap, a point is one of them.
+    overlapping = [("star", [masks[0], masks[0]])]
+    assert point_reward([Named("star", inside[:1])], overlapping) == pytest.approx(2 / 3)
+    assert point_reward([], [("star", [])]) == 1.0
+    assert point_reward([Named("star", inside)], [("star", [])]) == 0.0
+
+
+def test_advantages_of_a_group_sum_to_nothing_and_equal_rewards_teach_nothing():
+    found = advantages(torch.tensor([[0.1, 0.5, 0.9], [0.4, 0.4, 0.4]]))
+    assert found.sum(-1).abs().max() < 1e-5
+    assert found[0, 2] == pytest.approx(0.4 / 0.4, rel=1e-4)  # the unbiased deviation is 0.4
+    assert found[1].abs().max() == 0.0
+
+
+def test_at_the_first_step_the_gradient_is_that_of_reinforce():
+    torch.manual_seed(0)
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([0, 3, 3, 5])
+    advantage = torch.tensor([1.0, -0.5, 0.2, -0.7], dtype=torch.float64)
+    sure = logits.log_softmax(-1)[tokens]
+    policy_terms(sure, sure.detach(), advantage).mean().backward()
+    assert logits.grad is not None
+    found = logits.grad.clone()
+    step = 1e-6
+    for place in range(6):
+        moved = []
+        for sign in (step, -step):
+            other = logits.detach().clone()
+            other[place] += sign
+            moved.append(float(-(advantage * other.log_softmax(-1)[tokens]).mean()))
+        assert found[place] == pytest.approx((moved[0] - moved[1]) / (2 * step), abs=1e-6)
+
+
+def test_ratios_are_clipped_where_more_would_be_earned_and_bad_tokens_cost_a_bounded_price():
+    ratios = torch.tensor([0.5, 1.0, 1.25, 2.0, 10.0])
+    for advantage, expected in (
+        (1.0, [-0.5, -1.0, -1.25, -1.3, -1.3]),
+        (-1.0, [0.8, 1.0, 1.25, 2.0, 3.0]),
+    ):
+        found = policy_terms(ratios.log(), torch.zeros(5), torch.full((5,), advantage))
+        assert found.tolist() == pytest.approx(expected)
+
+
+def test_the_divergence_is_never_negative_and_nothing_between_equals():
+    values = torch.linspace(-3, 0, 7)
+    assert divergence_terms(values, values).abs().max() == 0.0
+    assert (divergence_terms(values, values.flip(0)) >= 0).all()
+    assert divergence_terms(torch.tensor(0.0), torch.tensor(1.0)) == pytest.approx(np.e - 2)
+
+
+def test_a_policy_over_how_often_a_box_is_told_learns_to_tell_it_once():
+    truth = [Named("a", SQUARES[:1])]
+    rewards = {
+        matching: torch.tensor(
+            [box_reward([Named("a", SQUARES[[0] * n])], truth, matching) for n in (1, 2, 3)]
+        )
+        for matching in ("max", "one_to_one")
+    }
+    assert rewards["max"].tolist() == [1.0, 1.0, 1.0]
+    logits = torch.zeros(3, requires_grad=True)
+    draws = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD([logits], lr=0.5)
+    for _ in range(60):
+        told = torch.multinomial(logits.detach().softmax(-1), 8, True, generator=draws)
+        sure = logits.log_softmax(-1)[told]
+        advantage = advantages(rewards["one_to_one"][told][None])[0]
+        optimizer.zero_grad()
+        policy_terms(sure, sure.detach(), advantage).mean().backward()
+        optimizer.step()
+    assert logits.softmax(-1)[0] > 0.95
+
+
+def test_a_doubled_answer_has_one_box_more_close_to_another():
+    answer = [Found("star", [(100, 100, 300, 300), (600, 600, 700, 800)]), Found("cross", [])]
+    found = doubled(answer, Draws("x"))
+    assert [len(boxes) for _, boxes in found] == [3, 0]
+    assert found[0].instances == sorted(found[0].instances)
+    overlap = intersection_over_union(boxes_of(found[0].instances), boxes_of(found[0].instances))
+    assert np.triu(overlap, 1).max() > 0.85
+    assert doubled(answer[1:], Draws("x")) == answer[1:]
+
+
+@pytest.mark.slow
+def test_a_stopped_post_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(post_train, "PRINT_EVERY_SECONDS", 0.0)
+
+    def run(name: str, stop: int | None = None) -> None:
+        settings = (torch.device("cpu"), 5, 0.0001, "noisy", "grpo", "one_to_one")
+        recipe = post_train.PostTraining(tmp_path / name, FOLDER, *settings)
+        recipe.checkpoint.EVERY_SECONDS = 0.0
+        if stop is not None:
+            real = recipe.reinforce
+            calls = itertools.count()
+
+            def reinforce(batch: Any) -> Any:
+                if next(calls) == stop:
+                    raise Stopped
+                return real(batch)
+
+            monkeypatch.setattr(recipe, "reinforce", reinforce)
+        recipe.run()
+
+    run("whole")
+    with pytest.raises(Stopped):
+        run("parted", 1)
+    run("parted")
+    whole, parted = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parted")
+    )
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    quality = json.loads((tmp_path / "parted/quality.json").read_text())
+    assert quality.keys() >= {"before", "noisy", "grpo"}

@@ -638,3 +638,30 @@ def test_a_separator_is_never_a_patch() -> None:
     model.run(prompt(), LONG, VisualPlan(stages=(Stage(after=1, choose=look),)))
     assert len(seen) == 1
     assert SEPARATOR not in seen[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_facts_count_the_weights_of_tower_projector_and_decoder(
+    architecture: Architecture,
+) -> None:
+    model = model_of(architecture)
+    weights = {
+        name: value for name, value in model.module.named_parameters() if name.endswith("weight")
+    }
+    # Norms have one axis; tables of embeddings are looked up, no matrices.
+    matrices = sum(
+        value.numel()
+        for name, value in weights.items()
+        if value.ndim > 1 and "embed_tokens" not in name and "position_embedding" not in name
+    )
+    skipped = [
+        value.numel()
+        for name, value in weights.items()
+        if value.ndim > 1
+        and f"encoder.layers.{model.facts.vision_layers - 1}." in name
+        and model.facts.feature_layer < model.facts.vision_layers
+    ]
+    assert model.facts.matrix_parameters == matrices - sum(skipped)
+    assert model.facts.weight_bytes == 4 * model.facts.matrix_parameters
+    # What a worker puts on an experiment's record.
+    assert model.facts.dtype == "float32"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from models.detector_format import quantise
 from models.embedded.scenes.generator import (
     COLOUR_NAMES,
     MAX_OBJECTS,
@@ -21,11 +22,12 @@ from models.embedded.scenes.generator import (
 )
 from models.embedded.scenes.questions import absent_phrases, resolve
 from models.embedded.tiny_detector.text import (
+    MOST_PHRASES,
+    OUTPUTS,
     Found,
     encode_answer,
     encode_prompt,
     prompt,
-    quantise,
 )
 
 SIZE = 96
@@ -33,7 +35,7 @@ SIZE = 96
 SLOT_KINDS = ("box", "box", "box", "point", "outline")
 SLOT_TOKENS = {"box": 128, "point": 96, "outline": 96}
 WORDS = sum(SLOT_TOKENS[kind] for kind in SLOT_KINDS)
-_MOST_PHRASES = {"box": 6, "point": 6, "outline": 2}
+_MOST_PHRASES = {kind: MOST_PHRASES[OUTPUTS[kind]] for kind in SLOT_TOKENS}
 ABSENT_SHARE = 0.3
 
 

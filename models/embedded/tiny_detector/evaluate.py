@@ -14,20 +14,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from models.detector_format import dequantise
 from models.embedded.scenes.generator import SHAPES, Draws, Scene, generate
 from models.embedded.scenes.raster_torch import Renderer
 from models.embedded.tiny_detector import data
+from models.embedded.tiny_detector.rollout import Reply, rollout
 from models.embedded.tiny_detector.text import (
     Found,
     Parsed,
     encode_prompt,
     parse,
-    position,
     prompt,
 )
 from models.embedded.tiny_vlm.evaluate import prompt_start, visual_embeddings
-from models.embedded.tiny_vlm.network import PATCHES, Layout, TinyVlm
-from models.embedded.tiny_vlm.text import EOS
+from models.embedded.tiny_vlm.network import TinyVlm
 
 
 class Request(NamedTuple):
@@ -37,13 +37,6 @@ class Request(NamedTuple):
     kind: str
     phrases: list[str]
     answer: list[Found]
-
-
-class Reply(NamedTuple):
-    """Greedy tokens and their log-probabilities, ended by the end token or the limit."""
-
-    ids: list[int]
-    log_probabilities: list[float]
 
 
 def requests(split: str, count: int, kind: str, *, all_shapes: bool) -> list[Request]:
@@ -72,10 +65,7 @@ def requests(split: str, count: int, kind: str, *, all_shapes: bool) -> list[Req
 def ask(
     model: TinyVlm, asked: list[Request], device: torch.device, batch: int = 128, limit: int = 110
 ) -> list[Reply]:
-    """Answer requests greedily, running the whole sequence again for each token.
-
-    That is wasteful but needs no cache; the harness generates with one.
-    """
+    """Answer requests greedily."""
     replies: list[Reply] = []
     renderer, start = Renderer(data.SIZE, device), prompt_start(device)
     for first in range(0, len(asked), batch):
@@ -84,30 +74,7 @@ def ask(
         image = renderer.render(torch.from_numpy(packed).to(device)).image
         visual = visual_embeddings(model, image)
         prompts = [encode_prompt(prompt(request.kind, request.phrases)) for request in part]
-        lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-        longest = max(len(ids) for ids in prompts)
-        words = torch.zeros(len(part), longest + limit, dtype=torch.long, device=device)
-        for row, ids in enumerate(prompts):
-            words[row, : len(ids)] = torch.tensor(ids, device=device)
-        scores = torch.zeros(len(part), limit, device=device)
-        ended = torch.zeros(len(part), dtype=torch.bool, device=device)
-        for step in range(limit):
-            # A few lengths only, so that a compiled or tuned kernel is used again.
-            width = min(-(-(longest + step) // 16) * 16, longest + limit)
-            layout = Layout(len(start) + PATCHES, [width], device)
-            logits = model.logits(visual, start, words[:, :width], layout).float()
-            at = lengths + step
-            last = logits.gather(1, (at - 1)[:, None, None].expand(-1, 1, logits.shape[-1]))
-            value, token = last[:, 0].log_softmax(-1).max(-1)
-            words.scatter_(1, at[:, None], token.where(~ended, 0)[:, None])
-            scores[:, step] = value
-            ended |= token == EOS
-            if step % 8 == 7 and bool(ended.all()):
-                break
-        for row, ids in enumerate(prompts):
-            told = words[row, len(ids) : len(ids) + limit].tolist()
-            stop = told.index(EOS) + 1 if EOS in told else len(told)
-            replies.append(Reply(told[:stop], scores[row, :stop].tolist()))
+        replies += rollout(model, visual, start, prompts, limit=limit)
     return replies
 
 
@@ -154,7 +121,7 @@ def is_malformed(request: Request, parsed: Parsed) -> bool:
 def boxes_of(instances: list[tuple[int, ...]]) -> np.ndarray:
     """Return instances in pixels, (n, 4) or (n, 2)."""
     width = len(instances[0]) if instances else 4
-    pixels = [[position(value, data.SIZE) for value in bins] for bins in instances]
+    pixels = [[dequantise(value, data.SIZE) for value in bins] for bins in instances]
     return np.array(pixels, float).reshape(len(instances), width)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from models import detector_format
 from models.embedded.tiny_vlm.text import EOS, VOCABULARY, encode
 
 BINS = 1000
@@ -28,17 +29,21 @@ VOCABULARY_SIZE = FIRST_COORDINATE + BINS
 
 # Coordinates of one instance by kind of answer; an outline has eight corners.
 COORDINATES = {"box": 4, "point": 2, "outline": 16}
-_REQUESTS = {
-    "box": ("Detect", "Output the bounding box coordinates in [x0, y0, x1, y1] format."),
-    "point": ("Point to", "Output the point coordinates in [x0, y0] format."),
-    "outline": ("Find", "Output the corner coordinates in [x0, y0, x1, y1] format."),
+# The words of a request and the most phrases that training puts into one: `detector.json`.
+PROMPTS = {
+    "box": "Detect {phrases}. Output the bounding box coordinates in [x0, y0, x1, y1] format.",
+    "point": "Point to {phrases}. Output the point coordinates in [x0, y0] format.",
+    "polygon": "Find {phrases}. Output the corner coordinates in [x0, y0, x1, y1] format.",
 }
+MOST_PHRASES = {"box": 6, "point": 6, "polygon": 2}
+DIALECT = {"prompts": PROMPTS, "most_phrases": MOST_PHRASES}
+# What the capability calls this recipe's kinds of answer.
+OUTPUTS = {"box": "box", "point": "point", "outline": "polygon"}
 
 
 def prompt(kind: str, phrases: list[str]) -> str:
     """Return the text after the image that asks for boxes, points or outlines of phrases."""
-    verb, closing = _REQUESTS[kind]
-    return f"{verb} {', '.join(phrases)}. {closing} ASSISTANT:"
+    return PROMPTS[OUTPUTS[kind]].format(phrases=", ".join(phrases)) + " ASSISTANT:"
 
 
 def encode_prompt(text: str) -> tuple[int, ...]:
@@ -48,16 +53,6 @@ def encode_prompt(text: str) -> tuple[int, ...]:
     for part in text.replace("[", "\0[\0").replace("]", "\0]\0").split("\0"):
         found += [brackets[part]] if part in brackets else encode(part)
     return tuple(found)
-
-
-def quantise(value: float, size: int) -> int:
-    """Return the bin of a coordinate in pixels: floor(999 value / size), within 0 to 999."""
-    return min(max(int((BINS - 1) * value // size), 0), BINS - 1)
-
-
-def position(number: int, size: int) -> float:
-    """Return the pixel coordinate of a bin: at most size / 999 below what was quantised."""
-    return number / (BINS - 1) * size
 
 
 class Found(NamedTuple):
@@ -100,44 +95,24 @@ class Parsed(NamedTuple):
     complete: bool
 
 
-def parse(ids: list[int] | tuple[int, ...], kind: str) -> Parsed:
-    """Read the ids of an answer; an instance with a wrong number of coordinates is skipped.
+GRAMMAR = detector_format.Grammar(
+    name_start=NAME_START,
+    name_end=NAME_END,
+    box_start=BOX_START,
+    box_end=BOX_END,
+    coordinates={FIRST_COORDINATE + value: value for value in range(BINS)},
+    ends=frozenset((EOS,)),
+    spell=lambda ids: " ".join((*VOCABULARY, *ADDED)[number] for number in ids),
+    encode=encode,
+)
 
-    An answer that was cut short keeps the instances that are whole.
-    """
-    count = COORDINATES[kind]
-    found: list[Found] = []
-    spans: list[list[tuple[int, int]]] = []
-    malformed, place = 0, 0
-    complete = EOS in ids
-    ids = list(ids[: ids.index(EOS)] if complete else ids)
-    while place < len(ids):
-        if ids[place] == COMMA and found:
-            place += 1
-        if place >= len(ids) or ids[place] != NAME_START or NAME_END not in ids[place:]:
-            malformed += 1
-            break
-        end = ids.index(NAME_END, place)
-        words = ids[place + 1 : end]
-        if not all(word < len(VOCABULARY) for word in words) or ids[end + 1 : end + 2] != [
-            BOX_START
-        ]:
-            malformed += 1
-            break
-        found.append(Found(" ".join(VOCABULARY[word] for word in words), []))
-        spans.append([])
-        place = end + 2
-        stop = ids.index(BOX_END, place) if BOX_END in ids[place:] else len(ids)
-        start = place
-        for at in range(place, stop + 1):
-            if at < stop and ids[at] != COMMA:
-                continue
-            piece = ids[start:at]
-            if len(piece) == count and all(value >= FIRST_COORDINATE for value in piece):
-                found[-1].instances.append(tuple(value - FIRST_COORDINATE for value in piece))
-                spans[-1].append((start, at))
-            elif piece and piece != [NONE]:
-                malformed += 1
-            start = at + 1
-        place = stop + 1
-    return Parsed(found, spans, malformed, complete)
+
+def parse(ids: list[int] | tuple[int, ...], kind: str) -> Parsed:
+    """Read the ids of an answer; see `models.detector_format.parse`."""
+    read = detector_format.parse(ids, GRAMMAR, COORDINATES[kind])
+    return Parsed(
+        [Found(name, [piece.bins for piece in pieces]) for name, pieces in read.found],
+        [[(piece.first, piece.end) for piece in pieces] for _, pieces in read.found],
+        len(read.errors),
+        read.complete,
+    )

@@ -27,7 +27,6 @@ from models.embedded.scenes.raster import render
 from models.embedded.scenes.raster_torch import Renderer
 from models.embedded.tiny_detector import data
 from models.embedded.tiny_detector.evaluate import (
-    Reply,
     Request,
     ask,
     boxes_of,
@@ -37,7 +36,15 @@ from models.embedded.tiny_detector.evaluate import (
     score_outlines,
     score_points,
 )
-from models.embedded.tiny_detector.text import ADDED, BINS, FIRST_COORDINATE, VOCABULARY_SIZE, parse
+from models.embedded.tiny_detector.rollout import Reply
+from models.embedded.tiny_detector.text import (
+    ADDED,
+    BINS,
+    DIALECT,
+    FIRST_COORDINATE,
+    VOCABULARY_SIZE,
+    parse,
+)
 from models.embedded.tiny_vlm.batches import CHUNK, Store, VisionHeads, vision_labels
 from models.embedded.tiny_vlm.evaluate import prompt_start
 from models.embedded.tiny_vlm.network import PATCHES, TEXT_WIDTH, Layout, TinyVlm, llava_config
@@ -323,10 +330,11 @@ def take_over(model: TinyVlm, folder: Path) -> str | None:
 
 
 def write_files(out: Path) -> None:
-    """Write config, tokenizer and processor."""
+    """Write config, tokenizer, processor and the words of a request."""
     (out / "config.json").write_text(json.dumps(llava_config(VOCABULARY_SIZE), indent=2) + "\n")
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (out / "detector.json").write_text(json.dumps(DIALECT, indent=2) + "\n")
     write_tokenizer(out, ADDED)
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,10 @@ SMOKE = Sizes(0, 4, 200, 4, 4, 4, 600.0)
 
 
 def diffusion_loss(
-    module: torch.nn.Module, rows: Tensor, generator: torch.Generator, prefix_share: float = 0.0
+    module: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    generator: torch.Generator,
+    prefix_share: float = 0.0,
 ) -> Tensor:
     """Return the loss of one batch of rows of prompt and answer.
 

@@ -1,0 +1,1 @@
+"""A regression head on the vision features of tiny-detector: network, recipe, weights."""

@@ -1,0 +1,142 @@
+"""COCO: objects of 80 categories in photographs, and the key points of people.
+
+Source: arXiv 1405.0312; annotation files of the 2017 release, val2017 with 5,000 images. Files are
+COCO's own, in a folder as the archives unpack or in a data set on the hub with the same files. Any
+other data in COCO's format will do: `split` names its files.
+
+Differs from other harnesses: a detector is given names, so `phrases` says which: `all` categories,
+or those that are in the image (`present`, as Rex-Omni's table has it, where what is found of other
+categories is not looked at; images with nothing are left out). Images come in an order drawn from
+their ids, so that `--limit 500` is a fair sample. Captions are read (`tasks/coco_data.py`) and not
+scored. One item:
+    file "val2017/000000000139.jpg"   width 640   phrases ["person", "bicycle", ...]
+    truths [phrase "person", bbox [412.8, 157.61, 53.05, 138.01], area 2913.1, iscrowd 0; ...]
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from models.base import Unsupported
+from tasks.base import Dataset, Item
+from tasks.checks import check_choice
+from tasks.coco_common import Asked, DetectionTask, Question
+from tasks.coco_data import Category, ImageRecord, Kind, find_file, read_annotations
+
+Phrases = Literal["all", "present"]
+_WARMUP = ("red", "green", "blue", "white")
+_WARMUP_SIZE = 640
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coco(DetectionTask):
+    """Objects in photographs; F1 without scores, AP with them.
+
+    Attributes:
+        phrases: What is asked about an image: `all` categories or those `present`.
+        split: As the files call it.
+        folder: Holds `annotations` and the split's images; empty for `coco` in tokenmark's cache.
+        data_set: Id of a data set on the hub with the same files, for those that the folder lacks.
+        revision: Of the data set on the hub; a commit is what reproduces.
+    """
+
+    phrases: Phrases = "all"
+    split: str = "val2017"
+    folder: str = ""
+    data_set: str = ""
+    revision: str = "main"
+
+    version = "1.0"
+    data = Dataset(source="cocodataset.org", revision="2017", split="val2017", license="CC-BY-4.0")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("phrases", self.phrases, ("all", "present"))
+
+    def questions(self) -> Sequence[Question]:
+        """Return the images in an order drawn from their ids.
+
+        Raises:
+            Unsupported: The annotation file is not to be had, or is damaged; says what to do.
+        """
+        return self._asked().questions
+
+    def categories(self) -> Sequence[Category]:
+        """Return the categories of the file; asked for key points, those that have some."""
+        return self._asked().categories
+
+    def warmup_items(self) -> Iterator[Item]:
+        """Yield plain pictures, which are in no data set, with all categories asked."""
+        for number, colour in enumerate(_WARMUP):
+            image = ImageRecord(-1 - number, colour, _WARMUP_SIZE, _WARMUP_SIZE)
+            phrases = tuple(category.name for category in self.categories())
+            question = Question(image, phrases, ())
+            yield self.item(f"warmup/{number}", question, self.categories())
+
+    def pixels(self, item: Item) -> npt.NDArray[np.uint8]:
+        """Decode an item's image file.
+
+        Raises:
+            Unsupported: It is not to be had, or is no image of the size that the annotations say.
+        """
+        from PIL import Image
+
+        file, size = item.fields["file"], (item.fields["width"], item.fields["height"])
+        if item.id.startswith("warmup/"):
+            return np.asarray(Image.new("RGB", size, file))
+        path = find_file(self.folder, self.data_set, file, self.revision)
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise Unsupported(f"{path} is no image: {error}") from error
+        if pixels.shape[1::-1] != size:
+            raise Unsupported(
+                f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and its record says "
+                f"{size[0]} x {size[1]}: the annotations are of other images."
+            )
+        return pixels
+
+    def _asked(self) -> Asked:
+        kind: Kind = "person_keypoints" if self.output == "keypoint" else "instances"
+        name = f"annotations/{kind}_{self.split}.json"
+        path = find_file(self.folder, self.data_set, name, self.revision)
+        state = path.stat()
+        return _read(path, kind, self.split, self.phrases, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(
+    path: Path, kind: Kind, split: str, phrases: Phrases, modified_ns: int, size: int
+) -> Asked:
+    """Return what a file asks, read once as long as the file is the same."""
+    del modified_ns, size  # part of the key alone
+    file = read_annotations(path, kind)
+    with_points = kind == "person_keypoints"
+    categories = tuple(c for c in file.categories.values() if c.keypoints or not with_points)
+    if not categories:
+        raise Unsupported(f"no category of {path} has key points.")
+    names = {each.id: each.name for each in categories}
+
+    def drawn(image: ImageRecord) -> bytes:
+        return hashlib.sha256(f"coco {image.id}".encode()).digest()
+
+    questions = []
+    for image in sorted(file.images.values(), key=drawn):
+        truths = tuple(each for each in file.annotations[image.id] if each.category_id in names)
+        present = {truth.category_id for truth in truths}
+        asked = tuple(
+            name for number, name in names.items() if phrases == "all" or number in present
+        )
+        if asked:
+            named = image._replace(file_name=f"{split}/{image.file_name}")
+            questions.append(Question(named, asked, truths))
+    return Asked(tuple(questions), categories)
