@@ -56,6 +56,8 @@ from models.vision_language_decoder import (
 from models.vision_language_towers import (
     ClipTower,
     Encoded,
+    Grid,
+    InnerMerging,
     Pixels,
     ProjectorParts,
     QwenTower,
@@ -100,7 +102,10 @@ class VisualPlan:
     """What is done about an image's visual tokens. The default is nothing.
 
     Attributes:
+        shrink: From the grid of a tile and the number of tiles, the smaller grid that the tower is
+            to see: the image is made smaller in front of it.
         watch: What is wanted of the tower beside its features.
+        merging: How tokens are merged inside the tower.
         wanted: Visual tokens that must enter the decoder, from the patches that there are; an
             answer with another number is invalid. None where the plan does not reduce them.
         reduce: Returns which patches enter the decoder (numbers, ascending) or tokens in their
@@ -112,7 +117,9 @@ class VisualPlan:
         separators: Which separators stay.
     """
 
+    shrink: Callable[[Grid, int], Grid] | None = None
     watch: Watch = field(default_factory=Watch)
+    merging: InnerMerging | None = None
     wanted: Callable[[int], int] | None = None
     reduce: Callable[[Seen], Tensor | Merged] | None = None
     stages: tuple[Stage, ...] = ()
@@ -323,8 +330,10 @@ class VisionLanguage(OnDevice):
             trace.mark(phase, self.synchronize)
 
         pixels = self.tower.prepare(prompt.image, prompt.crops)
+        if plan.shrink is not None:
+            pixels = self.tower.shrunk(pixels, plan.shrink)
         mark("prepared")
-        encoded = self.tower.encode(pixels, plan.watch)
+        encoded = self.tower.encode(pixels, plan.watch, plan.merging)
         mark("encoded")
         ids = self.prompt_ids(prompt.text, len(encoded.layout))
         text_ids = torch.tensor(ids, device=self.device)
@@ -342,7 +351,7 @@ class VisionLanguage(OnDevice):
         counts = self.decoder.counts
         work = VisualWork(
             positions=mode,
-            visual_tokens=seen.num_patches,
+            visual_tokens=encoded.full_patches,
             kept_tokens=len(tokens.patches),
             separator_tokens=int((tokens.kind == SEPARATOR).sum()),
             layer_tokens=tuple(counts.tokens),
@@ -376,7 +385,7 @@ class VisionLanguage(OnDevice):
         in_front = int((anchors < 0).sum()) if isinstance(choice, Merged) else 0
         check_choice(anchors[in_front:], count)
         if plan.wanted is not None:
-            check_count(len(anchors), plan.wanted(count))
+            check_count(len(anchors), plan.wanted(seen.encoded.full_patches))
         return choice
 
     def _reduced(

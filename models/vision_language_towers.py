@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -101,6 +101,38 @@ class Watch:
         return {*self.received, *self.cls, *self.keys}
 
 
+class Matching(NamedTuple):
+    """Which of a tile's tokens become one.
+
+    Attributes:
+        goes_to: Number of the token that each one becomes a part of, (tokens,), int64.
+        stands_for: Token in whose place each of those stands, (fewer tokens,), int64.
+    """
+
+    goes_to: Tensor
+    stands_for: Tensor
+
+
+@dataclass(frozen=True)
+class InnerMerging:
+    """Tokens of a tile are merged between attention and feed-forward of the tower's layers.
+
+    A merged token is the mean of the patches in it. From then on the logits of attention to it grow
+    by the logarithm of their number, as if it were that many tokens with one key and value.
+
+    Attributes:
+        leaving: From the layout and the number of layers, how many tokens leave in each layer,
+            by tile.
+        match: From the keys of a tile, averaged over heads, (tokens, head_dim), [CLS] first, and
+            how many leave, what becomes of the tokens; [CLS] stays the first and alone.
+        match_flops: Operations of `match`, from the number of tokens and the width of keys.
+    """
+
+    leaving: Callable[[VisualLayout, int], list[list[int]]]
+    match: Callable[[Tensor, int], Matching]
+    match_flops: Callable[[int, int], float]
+
+
 @dataclass
 class Encoded:
     """What the tower made of an image, a row or number for each patch of `layout`.
@@ -109,20 +141,26 @@ class Encoded:
         features: What goes into the projector, (patches, width); for Qwen2.5-VL the four vectors
             of a group side by side.
         layout: Where the patches stand.
+        full_patches: Patches at the tower's own resolution; more than `layout` has where the image
+            was made smaller.
         received: By layer, (patches,), float32.
         cls: By layer and head, (heads, patches), float32.
         keys: By layer, (patches, head_dim), float32.
         cls_features: Of [CLS], (tiles, width); None where there is none.
+        owner: Where patches were merged inside the tower: for each the patch in whose place its
+            merged token stands, (patches,); all patches of a token have its features.
         flops: Of the tower.
-        watch_flops: Of the summaries.
+        watch_flops: Of the summaries, and of the choice of what to merge.
     """
 
     features: Tensor
     layout: VisualLayout
+    full_patches: int
     cls_features: Tensor | None = None
     received: dict[int, Tensor] = field(default_factory=dict)
     cls: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
+    owner: Tensor | None = None
     flops: float = 0.0
     watch_flops: float = 0.0
 
@@ -134,11 +172,13 @@ class Pixels:
     Attributes:
         values: Normalised pixels on the tower's device.
         size: (height, width) of the image before, for LlavaNext.
+        full_patches: Patches at the tower's own resolution.
         grid_thw: Patches of the image in time, height and width, for Qwen2.5-VL, (1, 3).
     """
 
     values: Tensor
     size: tuple[int, int]
+    full_patches: int
     grid_thw: Tensor | None = None
 
 
@@ -224,8 +264,25 @@ class Tower(Protocol):
         """Return an image as the tower takes it; see `models.base.VisualPrompt`."""
         ...
 
-    def encode(self, pixels: Pixels, watch: Watch) -> Encoded:
-        """Run the tower."""
+    def shrunk(self, pixels: Pixels, grid_of: Callable[[Grid, int], Grid]) -> Pixels:
+        """Return an image of fewer pixels, so that there are fewer patches of the same size.
+
+        Args:
+            pixels: As prepared.
+            grid_of: From the grid of a tile and the number of tiles, the grid that is wanted.
+
+        Raises:
+            models.base.Unsupported: The tower does not take it.
+        """
+        ...
+
+    def encode(self, pixels: Pixels, watch: Watch, merging: InnerMerging | None = None) -> Encoded:
+        """Run the tower.
+
+        Raises:
+            models.base.Unsupported: A layer is watched that is not run, tokens cannot be merged in
+                this tower or for this image, or are to be merged and watched.
+        """
         ...
 
     def project(self, features: Tensor) -> Tensor:
@@ -303,14 +360,39 @@ class ClipTower:
             values = values[0]
         parameter = self._tower.embeddings.patch_embedding.weight
         height, width = image.shape[:2]
-        return Pixels(values.to(parameter.device, parameter.dtype), (height, width))
+        full = len(values) * self._grid.rows * self._grid.columns
+        return Pixels(values.to(parameter.device, parameter.dtype), (height, width), full)
 
-    def encode(self, pixels: Pixels, watch: Watch) -> Encoded:
+    def shrunk(self, pixels: Pixels, grid_of: Callable[[Grid, int], Grid]) -> Pixels:
+        """Return smaller tiles; the tower interpolates its position embeddings for them."""
+        if self._tiles_itself:
+            raise Unsupported("this model tiles images by their size, so they cannot be shrunk.")
+        grid = grid_of(self._grid, len(pixels.values))
+        if grid == self._grid:
+            return pixels
+        side = self._side_pixels // self._grid.rows
+        values = nn.functional.interpolate(
+            pixels.values,
+            size=(grid.rows * side, grid.columns * side),
+            mode="bilinear",
+            antialias=True,
+        )
+        return replace(pixels, values=values)
+
+    def encode(self, pixels: Pixels, watch: Watch, merging: InnerMerging | None = None) -> Encoded:
         """Run the layers up to the one that feeds the projector."""
         _check_watch(watch, self.feature_layer, has_cls=True)
-        states = self._tower.pre_layrnorm(self._tower.embeddings(pixels.values))
         layout = self._layout(pixels)
-        encoded = Encoded(states, layout)
+        embedded = self._tower.embeddings(
+            pixels.values, interpolate_pos_encoding=layout.grid != self._grid
+        )
+        states = self._tower.pre_layrnorm(embedded)
+        encoded = Encoded(states, layout, pixels.full_patches)
+        if merging is not None:
+            leaving = merging.leaving(layout, self.feature_layer)
+            # Where no token leaves the layers are run as they are, to the bit.
+            if any(map(any, leaving)):
+                return self._encode_merging(encoded, watch, merging, leaving)
         tile, place = layout.patch_tile, layout.patch_place
         for number, layer in enumerate(self._layers, start=1):
             if number not in watch.layers:
@@ -328,6 +410,79 @@ class ClipTower:
         encoded.cls_features = states[:, 0]
         encoded.flops = self._flops(pixels)
         return encoded
+
+    def _encode_merging(
+        self, encoded: Encoded, watch: Watch, merging: InnerMerging, leaving: list[list[int]]
+    ) -> Encoded:
+        """Run the layers on one tile after the other, with fewer tokens from each to the next."""
+        layout, states = encoded.layout, encoded.features
+        tile, place = layout.patch_tile, layout.patch_place
+        if watch.layers:
+            raise Unsupported("layers that merge tokens cannot be watched as well.")
+        if len(tile) != len(states) * (states.shape[1] - 1):
+            raise Unsupported(
+                "tokens cannot be merged inside the tower where padding is cut off behind it: a "
+                "merged token may be both."
+            )
+        features = states.new_empty(len(tile), states.shape[-1])
+        owner = torch.empty_like(tile)
+        cls_features = []
+        for number, counts in enumerate(leaving):
+            merged, part_of, stands = self._merge_tile(states[number], merging, counts, encoded)
+            own = (tile == number).nonzero().flatten()
+            part = part_of[place[own]]
+            features[own] = merged[1 + part]
+            # From a place of the tile's grid to the number of the patch that stands there.
+            patch_at = torch.empty_like(own)
+            patch_at[place[own]] = own
+            owner[own] = patch_at[stands[part]]
+            cls_features.append(merged[0])
+        encoded.features, encoded.owner = features, owner
+        encoded.cls_features = torch.stack(cls_features)
+        encoded.flops += 2.0 * self._embedding_parameters * len(tile)
+        return encoded
+
+    def _merge_tile(
+        self, states: Tensor, merging: InnerMerging, counts: Sequence[int], encoded: Encoded
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the layers on a tile's tokens, (1 + places, width), [CLS] first.
+
+        Returns:
+            The tokens that are left, (1 + left, width), the one of them that each place has become
+            a part of, (places,), and the place that each stands in, (left,), both without [CLS].
+        """
+        tokens = len(states)
+        sizes = states.new_ones(tokens)
+        part_of = torch.arange(tokens, device=states.device)
+        stands = part_of
+        for layer, count in zip(self._layers, counts, strict=True):
+            attention = layer.self_attn
+            # None where all are alike: kernels without a mask are the ones the full model runs.
+            weight = sizes.log().expand(1, 1, len(states), -1) if len(states) < tokens else None
+            with captured_output(attention.k_proj) as keys:
+                attended, _ = attention(
+                    hidden_states=layer.layer_norm1(states[None]), attention_mask=weight
+                )
+            states = states + attended[0]
+            encoded.flops += self._layer_flops(attention, len(states))
+            encoded.flops += 4.0 * len(states) ** 2 * states.shape[1]
+            if count:
+                heads = keys[0][0].view(len(states), -1, int(attention.head_dim))
+                metric = heads.float().mean(1)
+                goes_to, stands_for = merging.match(metric, count)
+                encoded.watch_flops += merging.match_flops(*metric.shape) + heads.numel()
+                shape = (len(stands_for), states.shape[1])
+                total = states.new_zeros(shape).index_add_(0, goes_to, states * sizes[:, None])
+                sizes = sizes.new_zeros(shape[0]).index_add_(0, goes_to, sizes)
+                states = total / sizes[:, None]
+                part_of, stands = goes_to[part_of], stands[stands_for]
+            states = states + layer.mlp(layer.layer_norm2(states))
+            encoded.flops += self._layer_flops(layer.mlp, len(states))
+        return states, part_of[1:] - 1, stands[1:] - 1
+
+    @staticmethod
+    def _layer_flops(part: nn.Module, tokens: int) -> float:
+        return 2.0 * linear_parameters(part) * tokens
 
     def _summarise(
         self, encoded: Encoded, number: int, watch: Watch, queries: Tensor, keys: Tensor, part: Any
@@ -371,7 +526,8 @@ class ClipTower:
         return ProjectorParts(projector.linear_1, projector.linear_2, projector.act)
 
     def _layout(self, pixels: Pixels) -> VisualLayout:
-        tiles, places = len(pixels.values), self._grid.rows * self._grid.columns
+        grid = self._grid_of(pixels)
+        tiles, places = len(pixels.values), grid.rows * grid.columns
         numbers = torch.arange(tiles * places)
         if self._tiles_itself:
             # The model packs numbers as it packs features, so its unpadding is never written twice.
@@ -388,17 +544,21 @@ class ClipTower:
         if self._tiles_itself:
             # Lines of the thumbnail, which has no separators, then those of the mosaic.
             ended = torch.cat([torch.zeros(1, dtype=torch.int64), (~is_patch).cumsum(0)[:-1]])
-            first = self._grid.rows if tiles > 1 else 0
-            line = torch.where(
-                (tile == 0) & (tiles > 1), place // self._grid.columns, first + ended
-            )
+            first = grid.rows if tiles > 1 else 0
+            line = torch.where((tile == 0) & (tiles > 1), place // grid.columns, first + ended)
         else:
-            line = tile * self._grid.rows + place // self._grid.columns
+            line = tile * grid.rows + place // grid.columns
         device = pixels.values.device
-        return VisualLayout(self._grid, tiles, tile.to(device), place.to(device), line.to(device))
+        return VisualLayout(grid, tiles, tile.to(device), place.to(device), line.to(device))
+
+    def _grid_of(self, pixels: Pixels) -> Grid:
+        height, width = pixels.values.shape[-2:]
+        side = self._side_pixels // self._grid.rows
+        return Grid(height // side, width // side)
 
     def _flops(self, pixels: Pixels) -> float:
-        tiles, places = len(pixels.values), self._grid.rows * self._grid.columns
+        grid = self._grid_of(pixels)
+        tiles, places = len(pixels.values), grid.rows * grid.columns
         width = int(self._config.vision_config.hidden_size)
         tokens = places + 1
         matrices = self._embedding_parameters * places
@@ -459,11 +619,20 @@ class QwenTower:
         values = prepared["pixel_values"].to(parameter.device, parameter.dtype)
         grid = prepared["image_grid_thw"].to(parameter.device)
         height, width = image.shape[:2]
-        return Pixels(values, (height, width), grid)
+        return Pixels(values, (height, width), len(values) // self._group, grid)
 
-    def encode(self, pixels: Pixels, watch: Watch) -> Encoded:
+    def shrunk(self, pixels: Pixels, grid_of: Callable[[Grid, int], Grid]) -> Pixels:
+        """Refuse: the processor rounds sizes, so a number of tokens cannot be asked for."""
+        raise Unsupported("Qwen2.5-VL's processor sets an image's size; `max_pixels` is its limit.")
+
+    def encode(self, pixels: Pixels, watch: Watch, merging: InnerMerging | None = None) -> Encoded:
         """Run all blocks."""
         _check_watch(watch, self.num_layers, has_cls=False)
+        if merging is not None:
+            raise Unsupported(
+                "tokens cannot be merged inside Qwen2.5-VL's tower: its layers attend in windows "
+                "of a fixed number of tokens."
+            )
         visual, grid = self._visual, pixels.grid_thw
         assert grid is not None
         whole = get_vision_cu_seqlens(grid)
@@ -482,7 +651,7 @@ class QwenTower:
         cos, sin = (
             visual.permute_input_for_window_attn(each, windows, seq_len=count) for each in positions
         )
-        encoded = Encoded(states, self._layout(grid))
+        encoded = Encoded(states, self._layout(grid), pixels.full_patches)
         # As numbers too, read back from the device once and not for every block.
         spans = [(ends, ends.tolist()) for ends in (window_ends, whole)]
         for number, block in enumerate(visual.blocks, start=1):

@@ -23,7 +23,15 @@ from tests.models.stopped import Stopped
 def arguments(out: Path) -> argparse.Namespace:
     out.mkdir(exist_ok=True)
     return argparse.Namespace(
-        out=out, device="cpu", seed=3, steps_scale=0.002, max_seconds=None, eval_only=False
+        out=out,
+        device="cpu",
+        seed=3,
+        steps_scale=0.002,
+        max_seconds=None,
+        eval_only=False,
+        compile=False,
+        init=None,
+        prefix_share=0.0,
     )
 
 

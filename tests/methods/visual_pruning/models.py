@@ -47,7 +47,8 @@ def reduced(
     assert plan.reduce is not None
     prompt = question(shape)
     with torch.inference_mode():
-        encoded = model.tower.encode(model.tower.prepare(prompt.image, 1), plan.watch)
+        pixels = model.tower.prepare(prompt.image, 1)
+        encoded = model.tower.encode(pixels, plan.watch, plan.merging)
         seen = Seen(model.tower, encoded, torch.zeros(0, 48), 7, {}, lambda phase: None)
         return seen, plan.reduce(seen)
 
