@@ -172,13 +172,13 @@ class Pixels:
     Attributes:
         values: Normalised pixels on the tower's device.
         size: (height, width) of the image before, for LlavaNext.
-        full_patches: Patches at the tower's own resolution.
+        full_patches: Patches before it was made smaller; None where it was not.
         grid_thw: Patches of the image in time, height and width, for Qwen2.5-VL, (1, 3).
     """
 
     values: Tensor
     size: tuple[int, int]
-    full_patches: int
+    full_patches: int | None = None
     grid_thw: Tensor | None = None
 
 
@@ -360,8 +360,7 @@ class ClipTower:
             values = values[0]
         parameter = self._tower.embeddings.patch_embedding.weight
         height, width = image.shape[:2]
-        full = len(values) * self._grid.rows * self._grid.columns
-        return Pixels(values.to(parameter.device, parameter.dtype), (height, width), full)
+        return Pixels(values.to(parameter.device, parameter.dtype), (height, width))
 
     def shrunk(self, pixels: Pixels, grid_of: Callable[[Grid, int], Grid]) -> Pixels:
         """Return smaller tiles; the tower interpolates its position embeddings for them."""
@@ -377,7 +376,8 @@ class ClipTower:
             mode="bilinear",
             antialias=True,
         )
-        return replace(pixels, values=values)
+        full = len(values) * self._grid.rows * self._grid.columns
+        return replace(pixels, values=values, full_patches=full)
 
     def encode(self, pixels: Pixels, watch: Watch, merging: InnerMerging | None = None) -> Encoded:
         """Run the layers up to the one that feeds the projector."""
@@ -387,7 +387,7 @@ class ClipTower:
             pixels.values, interpolate_pos_encoding=layout.grid != self._grid
         )
         states = self._tower.pre_layrnorm(embedded)
-        encoded = Encoded(states, layout, pixels.full_patches)
+        encoded = Encoded(states, layout, pixels.full_patches or len(layout.patch_tile))
         if merging is not None:
             leaving = merging.leaving(layout, self.feature_layer)
             # Where no token leaves the layers are run as they are, to the bit.
@@ -619,7 +619,7 @@ class QwenTower:
         values = prepared["pixel_values"].to(parameter.device, parameter.dtype)
         grid = prepared["image_grid_thw"].to(parameter.device)
         height, width = image.shape[:2]
-        return Pixels(values, (height, width), len(values) // self._group, grid)
+        return Pixels(values, (height, width), grid_thw=grid)
 
     def shrunk(self, pixels: Pixels, grid_of: Callable[[Grid, int], Grid]) -> Pixels:
         """Refuse: the processor rounds sizes, so a number of tokens cannot be asked for."""
@@ -651,7 +651,8 @@ class QwenTower:
         cos, sin = (
             visual.permute_input_for_window_attn(each, windows, seq_len=count) for each in positions
         )
-        encoded = Encoded(states, self._layout(grid), pixels.full_patches)
+        layout = self._layout(grid)
+        encoded = Encoded(states, layout, len(layout.patch_tile))
         # As numbers too, read back from the device once and not for every block.
         spans = [(ends, ends.tolist()) for ends in (window_ends, whole)]
         for number, block in enumerate(visual.blocks, start=1):
