@@ -373,7 +373,8 @@ def _train_stage(
     checkpoint.save(stage, clock.done, clock, parts, now=True)
     forward = torch.compile(module, dynamic=False) if arguments.compile else module
     losses: list[Tensor] = []
-    next_print, next_save = clock.seconds, clock.seconds + sizes.save_seconds
+    # The clock starts anew with the loop: the first step is always told.
+    next_print, next_save = 0.0, clock.seconds + sizes.save_seconds
     for step, progress in clock:
         for group in optimizer.param_groups:
             group["lr"] = peak * cosine(progress, warmup=0.02)

@@ -286,7 +286,8 @@ def train(
     # Two shapes, so two compilations.
     forward = torch.compile(module, dynamic=False) if arguments.compile else module
     losses: list[Tensor] = []
-    next_print, next_save = clock.seconds, clock.seconds + sizes.save_seconds
+    # The clock starts anew with the loop: the first step is always told.
+    next_print, next_save = 0.0, clock.seconds + sizes.save_seconds
     for step, progress in clock:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * cosine(progress, warmup=0.02)
