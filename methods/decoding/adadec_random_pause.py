@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import require_choice, require_count
+from methods.checks import require_choice, require_count, require_number
 from methods.decoding.common import require_text_generator
 from methods.decoding.common_loops import (
     BRANCH_ENDS,
@@ -52,12 +52,13 @@ class AdadecRandomPause(Method[TextGenerator]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.pause_rate, (int, float))
-        if not is_number or isinstance(self.pause_rate, bool) or not 0 <= self.pause_rate <= 1:
-            raise ValueError(
-                f"pause_rate must lie in [0, 1], got {self.pause_rate!r}. It is a share of the "
-                f"positions: to pause at one in ten, pass 0.1."
-            )
+        require_number(
+            "pause_rate",
+            self.pause_rate,
+            0,
+            1,
+            "It is a share of the positions: to pause at one in ten, pass 0.1.",
+        )
         require_count("candidates", self.candidates, 1, 16, "The paper compares 3.")
         require_count("length", self.length, 0, 32, "The paper extends by 5 tokens.")
         require_choice("branch_end", self.branch_end, BRANCH_ENDS)

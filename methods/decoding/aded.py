@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hardware.profile import Profile, StepCost
 from methods.base import Output
-from methods.checks import require_choice, require_count
+from methods.checks import require_choice, require_count, require_number
 from methods.decoding.common import (
     StatefulDecodingMethod,
     calibrated_nodes,
@@ -291,13 +291,6 @@ class Aded(StatefulDecodingMethod):
         if hardware.step_cost is None:
             return PUBLISHED_NODES if hardware.kind == "cuda" else CPU_NODES
         return _best_size(hardware.step_cost)
-
-
-def require_number(name: str, value: object, low: float, high: float, meaning: str) -> None:
-    """Raise ValueError unless `value` is a number from `low` to `high`, both included."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= float(value) <= high:  # type: ignore[arg-type]  # a number
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}. {meaning}")
 
 
 @cache

@@ -28,7 +28,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from methods.checks import require_choice, require_count
+from methods.checks import require_choice, require_count, require_number
 from methods.decoding.common_constraints import (
     Branches,
     ConstrainedMethod,
@@ -102,8 +102,7 @@ class Awrs(ConstrainedMethod):
             raise ValueError(
                 f"proposal_temperature must be above 0, got {self.proposal_temperature}."
             )
-        if not 0 <= self.least_mass < 1:
-            raise ValueError(f"least_mass must lie in [0, 1), got {self.least_mass}.")
+        require_number("least_mass", self.least_mass, 0, 1, "It is a probability.", below_high=True)
         if self.estimator in ("two-round", "recursive") and (
             self.max_accepts > 2 or self.max_rejects
         ):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import require_count
+from methods.checks import require_count, require_number
 from methods.decoding.common import require_text_generator, top_k
 from methods.decoding.common_loops import NOTHING_EMITTED, LoopGenerator
 from models.base import Decoding, Forward, Generation, Session, TextGenerator, Trace
@@ -64,11 +64,13 @@ class BeamSearch(Method[TextGenerator]):
 
     def __post_init__(self) -> None:
         require_count("num_beams", self.num_beams, 1, 64, "One is plain decoding.")
-        if not -10 <= self.length_penalty <= 10:
-            raise ValueError(
-                f"length_penalty must lie in [-10, 10], got {self.length_penalty!r}. It is the "
-                f"power of the length that scores are divided by."
-            )
+        require_number(
+            "length_penalty",
+            self.length_penalty,
+            -10,
+            10,
+            "It is the power of the length that scores are divided by.",
+        )
 
     @contextmanager
     def apply(self, model: TextGenerator, hardware: Profile) -> Iterator[TextGenerator]:

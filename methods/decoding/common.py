@@ -21,8 +21,8 @@ from torch import Tensor
 
 from hardware.profile import Profile, StepCost
 from methods.base import Method, Output, StatePolicy
-from methods.checks import method_name, require_choice
-from models.base import Decoding, Generation, TextGenerator, Unsupported
+from methods.checks import require_choice, unsuited
+from models.base import Decoding, Generation, TextGenerator
 from models.decode import Accepted, Drafter, decode
 from models.draft_tree import DraftTree, Topology
 from models.wrapper import GeneratorWrapper
@@ -112,10 +112,7 @@ def require_text_generator(method: Method[Any], model: object) -> None:
     if not isinstance(model, TextGenerator):
         wanted = ("name", "tokenizer", "facts", "generate", "session", "synchronize")
         missing = ", ".join(name for name in wanted if not hasattr(model, name))
-        raise Unsupported(
-            f"'{method_name(method)}' needs a text generator; "
-            f"'{getattr(model, 'name', type(model).__name__)}' has no {missing}."
-        )
+        raise unsuited(method, model, "a text generator", f"has no {missing}")
 
 
 def top_k(logits: Tensor, k: int, block: int = 64) -> Tensor:

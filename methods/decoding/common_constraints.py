@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import require_choice, require_count
+from methods.checks import require_choice, require_count, require_number
 from methods.decoding.common import require_text_generator
 from models.base import (
     Decoding,
@@ -818,11 +818,13 @@ def require_particles(
     require_count("particles", particles, 1, 1024, "They are texts side by side.")
     require_count("branch_nodes", branch_nodes, 2, 4096, "They are read at once.")
     require_choice("resampling", resampling, get_args(Resampling))
-    if not 0 <= ess_threshold <= 1:
-        raise ValueError(
-            f"ess_threshold must lie in [0, 1], got {ess_threshold}. It is the effective "
-            "share of the particles under which they are resampled."
-        )
+    require_number(
+        "ess_threshold",
+        ess_threshold,
+        0,
+        1,
+        "It is the effective share of the particles under which they are resampled.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

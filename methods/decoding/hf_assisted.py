@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import require_count
+from methods.checks import require_count, require_number
 from methods.decoding.common_drafts import draft_for, require_draft
 from methods.decoding.common_transformers import TransformersGenerator, transformers_generator
 from models.base import Decoding, Forward, Generation, TextGenerator, TextModelFacts, Unsupported
@@ -49,11 +49,13 @@ class HfAssisted(Method[TextGenerator]):
     def __post_init__(self) -> None:
         require_draft(self.draft)
         require_count("num_draft_tokens", self.num_draft_tokens, 1, 64, "There is no 0 here.")
-        if not 0 <= self.confidence <= 1:
-            raise ValueError(
-                f"confidence must lie in [0, 1], got {self.confidence}. It is the least "
-                f"probability of a draft after which drafting goes on."
-            )
+        require_number(
+            "confidence",
+            self.confidence,
+            0,
+            1,
+            "It is the least probability of a draft after which drafting goes on.",
+        )
 
     @contextmanager
     def apply(self, model: TextGenerator, hardware: Profile) -> Iterator[TextGenerator]:

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import get_args
 
 from hardware.profile import Profile
-from methods.checks import method_name, require_choice
+from methods.checks import method_name, require_choice, require_number
 from methods.diffusion_lm.common import DiffusionMethod, require_masked_diffusion
 from methods.diffusion_lm.common_learn2pd import (
     ConfidenceFilter,
@@ -72,11 +72,13 @@ class Learn2PD(DiffusionMethod):
         if not self.filter.endswith(_SUFFIX):
             known = (*get_args(FilterKind), "confidence", "oracle", "*" + _SUFFIX)
             require_choice("filter", self.filter, known)
-        if not 0 <= self.accept_threshold <= 1:
-            raise ValueError(
-                f"accept_threshold must lie in [0, 1], got {self.accept_threshold}. It is the "
-                "probability above which a candidate is taken for final."
-            )
+        require_number(
+            "accept_threshold",
+            self.accept_threshold,
+            0,
+            1,
+            "It is the probability above which a candidate is taken for final.",
+        )
         require_choice("end_prediction", self.end_prediction, get_args(EndPrediction))
         if self.filter == "oracle" and self.end_prediction != "none":
             raise ValueError(

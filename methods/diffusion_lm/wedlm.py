@@ -26,7 +26,7 @@ from typing import Literal, get_args
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import method_name, require_choice, require_count
+from methods.checks import method_name, require_choice, require_count, require_number
 from methods.diffusion_lm.common_wedlm import Refill, Settings, mask_token_of, stream
 from models.base import Decoding, Generation, TextGenerator, Unsupported
 from models.wrapper import GeneratorWrapper
@@ -89,8 +89,7 @@ class WeDLM(Method[TextGenerator]):
             )
         require_choice("refill", self.refill, get_args(Refill))
         require_count("top_k", self.top_k, 0, None, "It counts candidates; 0 means all.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}. It is a probability.")
+        require_number("top_p", self.top_p, 0, 1, "It is a probability.", above_low=True)
         if self.mask_id != "auto":
             require_count("mask_id", self.mask_id, 0, None, "It is a token's id, or 'auto'.")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import method_name
+from methods.checks import method_name, unsuited
 from models.base import TextEncoder, Unsupported
 from models.encoders import CausalEncoder, ReadOut
 
@@ -49,10 +49,7 @@ def require_causal(method: Method[Any], model: object) -> CausalEncoder:
     """
     if isinstance(model, CausalEncoder):
         return model
-    raise Unsupported(
-        f"'{method_name(method)}' needs a causal language model that is read through a prompt; "
-        f"'{getattr(model, 'name', type(model).__name__)}' is a {type(model).__name__}."
-    )
+    raise unsuited(method, model, "a causal language model that is read through a prompt")
 
 
 def read_by(method: Method[Any], encoder: CausalEncoder, read_out: ReadOut) -> CausalEncoder:

@@ -10,8 +10,8 @@ from typing import Any
 
 from hardware.profile import Profile
 from methods.base import Method
-from methods.checks import method_name
-from models.base import Detector, Unsupported
+from methods.checks import unsuited
+from models.base import Detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,5 @@ class DetectorMethod(Method[Detector]):
     def apply(self, model: Detector, hardware: Profile) -> Iterator[Detector]:
         """Yield the changed detector."""
         if not isinstance(model, Detector):
-            raise Unsupported(
-                f"'{method_name(self)}' needs a detector; "
-                f"'{getattr(model, 'name', type(model).__name__)}' is a {type(model).__name__}."
-            )
+            raise unsuited(self, model, "a detector")
         yield self.changed(model)
-
-
-def needs(method: Method[Any], model: Any, kind: str) -> Unsupported:
-    """Return the refusal of a detector that is not of the kind a method works on."""
-    return Unsupported(
-        f"'{method_name(method)}' needs {kind}; '{model.name}' is a {type(model).__name__}."
-    )

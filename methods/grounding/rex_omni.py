@@ -23,8 +23,8 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from methods.base import Output
-from methods.checks import require_choice, require_count
-from methods.grounding.common import DetectorMethod, needs
+from methods.checks import require_choice, require_count, unsuited
+from methods.grounding.common import DetectorMethod
 from models.base import Detector
 from models.detector import CoordinateDetector, DetectionPlan
 
@@ -76,7 +76,7 @@ class RexOmni(DetectorMethod):
     def changed(self, model: Detector) -> Detector:
         """Return the model, asked by the plan."""
         if not isinstance(model, CoordinateDetector):
-            raise needs(self, model, "a vision-language model that writes coordinate tokens")
+            raise unsuited(self, model, "a vision-language model that writes coordinate tokens")
         return model.planned(self.plan())
 
     def plan(self) -> DetectionPlan:

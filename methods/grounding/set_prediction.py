@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from methods.base import Output
-from methods.checks import require_choice
-from methods.grounding.common import DetectorMethod, needs
+from methods.checks import require_choice, require_number, unsuited
+from methods.grounding.common import DetectorMethod
 from models.base import (
     Decoding,
     DetectionOutput,
@@ -72,16 +72,19 @@ class SetPrediction(DetectorMethod):
 
     def __post_init__(self) -> None:
         require_choice("head", self.head, get_args(Head))
-        if not 0 <= self.threshold < 1:
-            raise ValueError(
-                f"threshold must lie in [0, 1), got {self.threshold}. It is the least probability "
-                "of being an object."
-            )
+        require_number(
+            "threshold",
+            self.threshold,
+            0,
+            1,
+            "It is the least probability of being an object.",
+            below_high=True,
+        )
 
     def changed(self, model: Detector) -> Detector:
         """Return a detector that runs the model's tower and the head."""
         if not isinstance(model, CoordinateDetector):
-            raise needs(self, model, "a vision-language model, for its tower")
+            raise unsuited(self, model, "a vision-language model, for its tower")
         if self.head == "trained" and model.name != "tiny-detector":
             raise Unsupported(
                 f"the trained head belongs to tiny-detector's tower, not to '{model.name}': train "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import method_name, require_choice, require_count
+from methods.checks import require_choice, require_count, unsuited
 from models.attention import AttentionLM, AttentionRule, LayerCache, OpenSession, Rule
 from models.base import TextGenerator, Unsupported
 
@@ -55,10 +55,7 @@ class RuledAttention(Method[TextGenerator]):
     def apply(self, model: TextGenerator, hardware: Profile) -> Iterator[TextGenerator]:
         """Yield the model with its attention restricted; the model itself is not touched."""
         if not isinstance(model, TextGenerator):
-            raise Unsupported(
-                f"'{method_name(self)}' needs a text generator; "
-                f"'{getattr(model, 'name', type(model).__name__)}' is none."
-            )
+            raise unsuited(self, model, "a text generator", "is none")
         # Where no text is long enough to lose a token, the model's own sessions are the answer.
         if self.most_tokens >= model.facts.max_positions:
             yield model

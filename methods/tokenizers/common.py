@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import method_name, require_choice
+from methods.checks import require_choice, require_number, unsuited
 from models.base import Decoding, Generation, TextScore, TokenizedLM, Tokenizer, Unsupported
 from models.loading import ModelError
 from models.tokenized import (
@@ -124,8 +124,7 @@ class VocabularyTransplant(TokenizerMethod):
         require_choice("rows", self.rows, get_args(Rows))
         if not self.donor:
             raise ValueError("donor must name a tokenizer with an embedding, got an empty text.")
-        if not 0 <= self.hide < 1:
-            raise ValueError(f"hide must lie in [0, 1), got {self.hide}. It is a share of tokens.")
+        require_number("hide", self.hide, 0, 1, "It is a share of tokens.", below_high=True)
 
     @abstractmethod
     def new_rows(self, space: Space, token_ids: Tensor) -> Tensor:
@@ -157,9 +156,8 @@ class VocabularyTransplant(TokenizerMethod):
         if not isinstance(model, ReplaceableVocabulary):
             wanted = ("vocabulary", "input_rows", "output_rows", "with_vocabulary", "score")
             missing = ", ".join(name for name in wanted if not hasattr(model, name))
-            raise Unsupported(
-                f"'{method_name(self)}' exchanges the tables of a model's tokens; "
-                f"'{getattr(model, 'name', type(model).__name__)}' has no {missing}."
+            raise unsuited(
+                self, model, "a model whose tables of tokens it can exchange", f"has no {missing}"
             )
         self._kept[:] = [pair for pair in self._kept if pair[0]() is not None]
         kept = next((made for known, made in self._kept if known() is model), None)

@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 from hardware.profile import Profile
 from methods.base import Output
-from methods.checks import method_name
+from methods.checks import unsuited
 from methods.tokenizers.common import TokenizerMethod
-from models.base import TokenizedLM, Unsupported
+from models.base import TokenizedLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,7 @@ class NativeTokenizer(TokenizerMethod):
     def apply(self, model: TokenizedLM, hardware: Profile) -> Iterator[TokenizedLM]:
         """Yield the model as it is."""
         if not isinstance(model, TokenizedLM):
-            raise Unsupported(
-                f"'{method_name(self)}' needs a model with its tokenizer; "
-                f"'{getattr(model, 'name', type(model).__name__)}' cannot score or continue a text."
+            raise unsuited(
+                self, model, "a model with its tokenizer", "cannot score or continue a text"
             )
         yield model

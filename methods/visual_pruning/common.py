@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from methods.checks import method_name, require_choice
-from models.base import Unsupported, VisionLanguageModel
+from methods.checks import require_choice, require_number, unsuited
+from models.base import VisionLanguageModel
 from models.vision_language import Numbering, VisionLanguage, VisualPlan
 from models.vision_language_towers import Grid, VisualLayout
 
@@ -45,7 +45,14 @@ class VisualTokenMethod(Method[VisionLanguageModel]):
     positions: Numbering = "auto"
 
     def __post_init__(self) -> None:
-        require_share("keep_ratio", self.keep_ratio, above_zero=True)
+        require_number(
+            "keep_ratio",
+            self.keep_ratio,
+            0,
+            1,
+            "It is the share kept: to remove 80 % of them, pass 0.2.",
+            above_low=True,
+        )
         require_choice("positions", self.positions, get_args(Numbering))
 
     @abstractmethod
@@ -64,26 +71,8 @@ class VisualTokenMethod(Method[VisionLanguageModel]):
     def apply(self, model: VisionLanguageModel, hardware: Profile) -> Iterator[VisionLanguageModel]:
         """Yield a model that answers by the plan; the model itself is not touched."""
         if not isinstance(model, VisionLanguage):
-            raise Unsupported(
-                f"'{method_name(self)}' needs a vision-language model whose phases are run here; "
-                f"'{getattr(model, 'name', type(model).__name__)}' is a {type(model).__name__}."
-            )
+            raise unsuited(self, model, "a vision-language model whose phases are run here")
         yield model.planned(self.plan(model))
-
-
-def require_share(name: str, value: float, *, above_zero: bool = False) -> None:
-    """Raise ValueError unless a setting is a share of something.
-
-    Args:
-        name: Of the setting.
-        value: As given.
-        above_zero: Whether 0 is not allowed.
-    """
-    if 0 <= value <= 1 and not (above_zero and value == 0):
-        return
-    bracket = "(" if above_zero else "["
-    hint = " It is the share kept: to remove 80 % of them, pass 0.2." if "keep" in name else ""
-    raise ValueError(f"{name} must lie in {bracket}0, 1], got {value}.{hint}")
 
 
 def kept_count(keep_ratio: float, tokens: int) -> int:

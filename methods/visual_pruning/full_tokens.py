@@ -9,7 +9,8 @@ from types import MappingProxyType
 
 from hardware.profile import Profile
 from methods.base import Method, Output
-from models.base import Unsupported, VisionLanguageModel
+from methods.checks import unsuited
+from models.base import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,5 @@ class FullTokens(Method[VisionLanguageModel]):
     def apply(self, model: VisionLanguageModel, hardware: Profile) -> Iterator[VisionLanguageModel]:
         """Yield the model as it is."""
         if not isinstance(model, VisionLanguageModel):
-            raise Unsupported(
-                f"'full-tokens' needs a vision-language model; "
-                f"'{getattr(model, 'name', type(model).__name__)}' is a {type(model).__name__}."
-            )
+            raise unsuited(self, model, "a vision-language model")
         yield model

@@ -22,11 +22,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from methods.checks import require_choice, require_count
+from methods.checks import require_choice, require_count, require_number
 from methods.visual_pruning.common import (
     VisualTokenMethod,
     neighbours,
-    require_share,
     shared_tiles,
     top_k,
 )
@@ -67,7 +66,7 @@ class HiPrune(VisualTokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_share("alpha", self.alpha)
+        require_number("alpha", self.alpha, 0, 1, "It is a share of the tokens kept.")
         if self.object_layer != "auto":
             require_count("object_layer", self.object_layer, 1, None, "Layers count from 1.")
         require_choice("neighbourhood", self.neighbourhood, get_args(Neighbourhood))

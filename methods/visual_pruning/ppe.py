@@ -27,8 +27,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from methods.checks import require_choice, require_count
-from methods.visual_pruning.common import VisualTokenMethod, require_share, share_out
+from methods.checks import require_choice, require_count, require_number
+from methods.visual_pruning.common import VisualTokenMethod, share_out
 from methods.visual_pruning.common_merging import dpc_flops, dpc_knn
 from models.base import Unsupported
 from models.vision_language import Merged, Numbering, Seen, VisionLanguage, VisualPlan
@@ -83,7 +83,14 @@ class Ppe(VisualTokenMethod):
         require_count("groups", self.groups, 1, None, "It counts positions of a token.")
         require_count("knn", self.knn, 1, None, "It counts tokens.")
         require_count("cascade_knn", self.cascade_knn, 1, None, "It counts tokens.")
-        require_share("cascade_ratio", self.cascade_ratio, above_zero=True)
+        require_number(
+            "cascade_ratio",
+            self.cascade_ratio,
+            0,
+            1,
+            "It is the share kept by each stage.",
+            above_low=True,
+        )
         for layer in self.cascade:
             require_count("cascade", layer, 1, None, "Layers count from 1.")
 

@@ -21,8 +21,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from methods.checks import require_count
-from methods.visual_pruning.common import VisualTokenMethod, require_share, top_k
+from methods.checks import require_count, require_number
+from methods.visual_pruning.common import VisualTokenMethod, top_k
 from methods.visual_pruning.common_merging import dpc_flops, dpc_knn
 from models.base import Unsupported
 from models.vision_language import Numbering, VisionLanguage, VisualPlan
@@ -58,7 +58,7 @@ class SparseVLM(VisualTokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_share("recycled", self.recycled)
+        require_number("recycled", self.recycled, 0, 1, "It is a share of the tokens removed.")
         require_count("knn", self.knn, 1, None, "It counts tokens.")
 
     def plan(self, model: VisionLanguage) -> VisualPlan:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from methods.checks import require_number
 from methods.visual_pruning.common import (
     VisualTokenMethod,
     normalised,
-    require_share,
     shared_tiles,
     top_k,
 )
@@ -46,7 +46,9 @@ class VisionZip(VisualTokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_share("contextual_share", self.contextual_share)
+        require_number(
+            "contextual_share", self.contextual_share, 0, 1, "It is a share of the tokens kept."
+        )
 
     def plan(self, model: VisionLanguage) -> VisualPlan:
         """Return a plan that watches the layer which feeds the projector."""
