@@ -34,6 +34,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -52,7 +53,7 @@ from tasks import coco_scorers as rules
 from tasks.base import Item, Metric, Scored, Scores, Task, Unscored
 from tasks.checks import check_choice
 from tasks.coco_data import Annotation, Category, ImageRecord, ResultKind
-from tasks.mteb_scorers import draw_counts
+from tasks.resampling import draw_counts
 
 Floats = rules.Floats
 OUTPUTS: tuple[DetectionOutput, ...] = get_args(DetectionOutput)
@@ -235,10 +236,8 @@ class DetectionTask(Task[Detector]):
         """
         phrases = item.fields["phrases"]
         decoding = Decoding(max_new_tokens=self.max_new_tokens, ignore_eos=fixed_length)
-        # Only a detector that is asked for key points is told of them.
         names = item.fields.get("keypoints", ())
-        points = {"keypoints": names} if names else {}
-        found = model.detect(self.pixels(item), phrases, self.output, decoding, **points)
+        found = model.detect(self.pixels(item), phrases, self.output, decoding, keypoints=names)
         check_detections(found, len(phrases), self.output, len(names))
         found.trace.notes |= {
             "instances": sum(map(len, found.found)),
@@ -269,13 +268,8 @@ class DetectionTask(Task[Detector]):
         return Scored(scores, detail)
 
     def conditions(self) -> dict[str, str]:
-        """Return which of the COCO tools computes AP.
-
-        Raises:
-            models.base.Unsupported: None is installed.
-        """
-        rules.masks()
-        return {"coco_tool": rules.tool_version(rules.tool())}
+        """Return which of the COCO tools computes AP, and its version."""
+        return {"coco_tool": f"{rules.TOOL} {version(rules.TOOL)}"}
 
     def corpus(
         self, outputs: Mapping[str, str], draws: npt.NDArray[np.int64]
@@ -312,7 +306,7 @@ class DetectionTask(Task[Detector]):
                 bool(truth["iscrowd"]) or not any(truth.get("keypoints", (1,) * 3)[2::3])
                 for truth in truths
             ]
-            overlap, duplicates = _OVERLAPS[self.output](fields, found, truths, crowd)
+            overlap, duplicates = _OVERLAPS[self.output](_Case(fields, found, truths, crowd))
             counted.append(rules.count(overlap, crowd, duplicates))
         return counted
 
@@ -407,7 +401,7 @@ class DetectionTask(Task[Detector]):
             {question.image.id: question.truths for question in questions},
             records,
             kind,
-            by=rules.tool(),
+            by=rules.TOOL,
             buckets=self.buckets,
             mark=self.mark,
         )
@@ -584,79 +578,63 @@ def _as_mask(instance: Instance, size: rules.Size) -> Any:
     return rules.run_lengths([list(instance.coordinates)], size)
 
 
+class _Case(NamedTuple):
+    """One phrase of an image: the item's fields, what was found, what is there, what is a crowd."""
+
+    fields: Mapping[str, Any]
+    found: Sequence[Instance]
+    truths: Sequence[Mapping[str, Any]]
+    crowd: Sequence[bool]
+
+    @property
+    def size(self) -> rules.Size:
+        return rules.Size(self.fields["height"], self.fields["width"])
+
+
+# Of every prediction with every truth, and how many predictions repeat an earlier one.
 _Overlap = tuple[Floats, int]
-_OverlapRule = Callable[
-    [
-        Mapping[str, Any],
-        Sequence[Instance],
-        Sequence[Mapping[str, Any]],
-        Sequence[bool],
-    ],
-    _Overlap,
-]
 
 
-def _boxes(
-    fields: Mapping[str, Any],
-    found: Sequence[Instance],
-    truths: Sequence[Mapping[str, Any]],
-    crowd: Sequence[bool],
-) -> _Overlap:
-    said = np.array([_as_box(instance) for instance in found], float).reshape(-1, 4)
-    there = np.array([truth["bbox"] for truth in truths], float).reshape(-1, 4)
+def _boxes(case: _Case) -> _Overlap:
+    said = np.array([_as_box(instance) for instance in case.found], float).reshape(-1, 4)
+    there = np.array([truth["bbox"] for truth in case.truths], float).reshape(-1, 4)
     itself = rules.box_overlaps(said, said, [False] * len(said))
-    return rules.box_overlaps(said, there, crowd), rules.repeated(itself)
+    return rules.box_overlaps(said, there, case.crowd), rules.repeated(itself)
 
 
-def _polygons(
-    fields: Mapping[str, Any],
-    found: Sequence[Instance],
-    truths: Sequence[Mapping[str, Any]],
-    crowd: Sequence[bool],
-) -> _Overlap:
-    size = rules.Size(fields["height"], fields["width"])
-    said = [_as_mask(instance, size) for instance in found]
-    there = [rules.run_lengths(truth["segmentation"], size) for truth in truths]
+def _polygons(case: _Case) -> _Overlap:
+    said = [_as_mask(instance, case.size) for instance in case.found]
+    there = [rules.run_lengths(truth["segmentation"], case.size) for truth in case.truths]
     itself = rules.mask_overlaps(said, said, [False] * len(said))
-    return rules.mask_overlaps(said, there, crowd), rules.repeated(itself)
+    return rules.mask_overlaps(said, there, case.crowd), rules.repeated(itself)
 
 
-def _points(
-    fields: Mapping[str, Any],
-    found: Sequence[Instance],
-    truths: Sequence[Mapping[str, Any]],
-    crowd: Sequence[bool],
-) -> _Overlap:
-    size = rules.Size(fields["height"], fields["width"])
-    said = np.array([instance.coordinates for instance in found], float).reshape(-1, 2)
-    there = [rules.pixels_of(truth["segmentation"], size) for truth in truths]
+def _points(case: _Case) -> _Overlap:
+    said = np.array([instance.coordinates for instance in case.found], float).reshape(-1, 2)
+    there = [rules.pixels_of(truth["segmentation"], case.size) for truth in case.truths]
     hits = rules.point_hits(said, there)
     # A second point in the same truth says the same thing twice.
-    first = hits[:, ~np.array(crowd, bool).reshape(-1)]
+    first = hits[:, ~np.array(case.crowd, bool).reshape(-1)]
     taken = np.cumsum(first, axis=0) - first > 0
     is_repeated = (first.astype(bool) & taken).any(axis=1)
     return hits, int(is_repeated.sum())
 
 
-def _skeletons(
-    fields: Mapping[str, Any],
-    found: Sequence[Instance],
-    truths: Sequence[Mapping[str, Any]],
-    crowd: Sequence[bool],
-) -> _Overlap:
-    points = len(fields["keypoints"])
+def _skeletons(case: _Case) -> _Overlap:
+    points = len(case.fields["keypoints"])
     said = np.array(
-        [[(np.nan, np.nan) if p is None else p for p in each.keypoints] for each in found], float
+        [[(np.nan, np.nan) if p is None else p for p in each.keypoints] for each in case.found],
+        float,
     ).reshape(-1, points, 2)
-    there = np.array([truth["keypoints"] for truth in truths], float).reshape(-1, points, 3)
+    there = np.array([truth["keypoints"] for truth in case.truths], float).reshape(-1, points, 3)
     overlap = rules.keypoint_similarity(
         said,
         there,
-        np.array([truth["bbox"] for truth in truths], float).reshape(-1, 4),
-        np.array([truth["area"] for truth in truths], float),
-        fields["sigmas"],
+        np.array([truth["bbox"] for truth in case.truths], float).reshape(-1, 4),
+        np.array([truth["area"] for truth in case.truths], float),
+        case.fields["sigmas"],
     )
-    boxes = np.array([_around(each) for each in found], float).reshape(-1, 4)
+    boxes = np.array([_around(each) for each in case.found], float).reshape(-1, 4)
     return overlap, rules.repeated(rules.box_overlaps(boxes, boxes, [False] * len(boxes)))
 
 
@@ -671,7 +649,7 @@ def _around(instance: Instance) -> list[float]:
     return [*low, *(high - low)]
 
 
-_OVERLAPS: Mapping[DetectionOutput, _OverlapRule] = {
+_OVERLAPS: Mapping[DetectionOutput, Callable[[_Case], _Overlap]] = {
     "box": _boxes,
     "point": _points,
     "polygon": _polygons,

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from models.base import InvalidOutput, TextEncoder, Trace
 from tasks.base import Item, Scores, Task
 from tasks.mteb_data import EmbeddingData
-from tasks.mteb_scorers import Floats, Integers, draw_counts
+from tasks.mteb_scorers import Floats, Integers
+from tasks.resampling import draw_counts
 
 _WARM_UP = (
     "The lighthouse keeper wrote a letter every evening and never sent one.",

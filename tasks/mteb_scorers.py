@@ -39,19 +39,6 @@ class Correlations(NamedTuple):
     pearson: Floats
 
 
-def draw_counts(draws: Integers, items: int) -> Floats:
-    """Return how often each item is drawn, (resamples, items).
-
-    Args:
-        draws: Places of items, (resamples, drawn).
-        items: Number of items.
-    """
-    counts = np.zeros((len(draws), items))
-    rows = np.repeat(np.arange(len(draws)), draws.shape[1])
-    np.add.at(counts, (rows, draws.ravel()), 1.0)
-    return counts
-
-
 def cosines(first: Floats, second: Floats) -> Floats:
     """Return the cosine of each pair of rows, (pairs,); 0 where one of them is zero."""
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from models.detector_format import quantise
 from models.embedded.scenes import raster
 from models.embedded.scenes.generator import SHAPES, Draws, generate
 from models.embedded.scenes.questions import resolve
@@ -324,7 +325,8 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
     def run(name: str, *stop: Any) -> None:
         nowhere = tmp_path / "no weights"
-        recipe = train.Recipe(tmp_path / name, nowhere, torch.device("cpu"), 5, 0.0001, None, 0)
+        settings = (torch.device("cpu"), 5, 0.0001, None, 0, False)
+        recipe = train.Recipe(tmp_path / name, nowhere, *settings)
 
         def stage_now() -> str:
             return "requests" if "vision" in recipe.stages_done else "vision"
@@ -535,12 +537,26 @@ def test_a_doubled_answer_has_one_box_more_close_to_another():
     assert doubled(answer[1:], Draws("x")) == answer[1:]
 
 
+def test_a_repeat_costs_an_answer_the_penalty_that_the_recipe_names():
+    scene = generate("shapes", 96, "test", 2)
+    shape = scene.objects[0].shape
+    box = tuple(quantise(edge, 96) for edge in data.geometry(scene.objects[0], "box"))
+    request = Request(scene, "box", [shape], [Found(shape, [box])])
+    replies = [
+        Reply([*encode_answer([Found(shape, [box] * count)])], [0.0] * 99) for count in (1, 2)
+    ]
+    once, twice = (post_train.reward_of(request, reply, "max", 0.4) for reply in replies)
+    assert once == pytest.approx(1.0)
+    assert twice == pytest.approx(0.8)
+    assert post_train.reward_of(request, replies[1], "max") == pytest.approx(1.0)
+
+
 @pytest.mark.slow
 def test_a_stopped_post_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(post_train, "PRINT_EVERY_SECONDS", 0.0)
 
     def run(name: str, stop: int | None = None) -> None:
-        settings = (torch.device("cpu"), 5, 0.0001, "noisy", "grpo", "one_to_one")
+        settings = (torch.device("cpu"), 5, 0.0001, "noisy", "grpo", "one_to_one", 0.0)
         recipe = post_train.PostTraining(tmp_path / name, FOLDER, *settings)
         recipe.checkpoint.EVERY_SECONDS = 0.0
         if stop is not None:

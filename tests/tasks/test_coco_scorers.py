@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.base import Unsupported
 from tasks import coco_scorers as rules
 from tasks.coco_data import PERSON_SIGMAS, RESULT_KINDS, Annotation, Category, ImageRecord
 from tests.tasks.coco_material import SIGMAS, Material, material
@@ -299,16 +298,3 @@ def test_a_category_that_a_resample_lacks_is_left_out_of_the_published_f1() -> N
     curves = [rules.Curve(np.array([True]), half, half, half)]
     curves.append(rules.Curve(np.array([False]), 2 * half, 2 * half, 2 * half))
     np.testing.assert_allclose(rules.published_f1(curves, 1), 0.5)
-
-
-def test_without_a_tool_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "find_spec", lambda name: None)
-    with pytest.raises(Unsupported, match="pip install faster-coco-eval pycocotools"):
-        rules.tool()
-
-
-def test_the_faster_tool_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rules.tool() == "faster-coco-eval"
-    monkeypatch.setattr(rules, "find_spec", lambda name: name == "pycocotools" or None)
-    assert rules.tool() == "pycocotools"
-    assert rules.tool_version("pycocotools").startswith("pycocotools 2.")

@@ -19,7 +19,6 @@ from tasks.mteb_scorers import (
     clustering_bags,
     correlations,
     cosines,
-    draw_counts,
     ndcg_at_10,
     probe_hits,
     training_draws,
@@ -27,6 +26,7 @@ from tasks.mteb_scorers import (
     v_measures,
     weighted_mean,
 )
+from tasks.resampling import draw_counts
 
 small = st.integers(0, 4).map(float)
 

@@ -39,11 +39,7 @@ from models.embedded.set_prediction.network import (
     read,
 )
 from models.embedded.tiny_detector import data
-from models.embedded.tiny_detector.evaluate import (
-    average_precision,
-    intersection_over_union,
-    matched,
-)
+from models.embedded.tiny_detector.evaluate import BoxScores
 from models.embedded.tiny_detector.train import load
 from models.embedded.training import (
     Checkpoint,
@@ -168,9 +164,7 @@ def evaluate(out: Path, device: torch.device, sizes: Sizes) -> dict[str, float]:
     head = load_head(out / "model.safetensors").to(device)
     scenes = [generate("shapes", data.SIZE, "test", index) for index in range(sizes.tested)]
     found = head(features_of(scenes, device).to(device).float())[-1]
-    hits, truths, predictions, twice = [0] * 10, 0, 0, 0
-    scored: dict[str, list[tuple[float, bool]]] = {shape: [] for shape in SHAPES}
-    totals = dict.fromkeys(SHAPES, 0)
+    scores = BoxScores()
     for row, scene in enumerate(scenes):
         # Average precision wants the unsure ones too.
         items = read(found, row, 0.05)
@@ -181,34 +175,11 @@ def evaluate(out: Path, device: torch.device, sizes: Sizes) -> dict[str, float]:
             told = [(item, names(item, shape)) for item in items]
             own = [(item, sure) for item, sure in told if sure is not None]
             boxes = np.array([item.box for item, _ in own], float).reshape(-1, 4) * data.SIZE
-            sure_ones = boxes[[place for place, (i, _) in enumerate(own) if i.objectness >= 0.5]]
-            overlap = intersection_over_union(sure_ones, truth)
-            for step in range(10):
-                hits[step] += matched(overlap, 0.5 + 0.05 * step - 1e-9)
-            truths, predictions = truths + len(truth), predictions + len(sure_ones)
-            again = np.triu(intersection_over_union(sure_ones, sure_ones), 1)
-            twice += int((again > 0.9).any(0).sum())
-            totals[shape] += len(truth)
-            free = np.ones(len(truth), bool)
-            overlap = intersection_over_union(boxes, truth)
-            for number in np.argsort([-(sure or 0.0) for _, sure in own], kind="stable"):
-                left = np.where(free, overlap[number], -1.0)
-                best = int(left.argmax()) if len(left) else -1
-                right = best >= 0 and bool(left[best] >= 0.5)
-                if right:
-                    free[best] = False
-                scored[shape].append((own[number][1] or 0.0, right))
-    f1 = [2 * hit / max(truths + predictions, 1) for hit in hits]
-    precisions = [average_precision(scored[shape], totals[shape]) for shape in SHAPES]
-    return {
-        "f1_50": f1[0],
-        "f1_75": f1[5],
-        "f1_95": f1[9],
-        "f1_mean": float(np.mean(f1)),
-        "ap50": float(np.nanmean(precisions)),
-        "duplicates": twice / max(predictions, 1),
-        "parameters": sum(weight.numel() for weight in head.parameters()),
-    }
+            is_told = np.array([item.objectness >= THRESHOLD for item, _ in own], bool)
+            scores.add(boxes[is_told], truth)
+            scores.rank(shape, boxes, [sure for _, sure in own], truth)
+    parameters = sum(weight.numel() for weight in head.parameters())
+    return scores.numbers() | {"parameters": parameters}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ precision with score = exp(mean log-probability of the box's tokens).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -125,6 +125,71 @@ def boxes_of(instances: list[tuple[int, ...]]) -> np.ndarray:
     return np.array(pixels, float).reshape(len(instances), width)
 
 
+class BoxScores:
+    """Quality of boxes, image by image and phrase by phrase.
+
+    Attributes:
+        hits: Boxes that are right at IoU 0.5, 0.55, ..., 0.95, matched one to one.
+        truths, predictions: All boxes.
+        duplicates: Predictions that overlap an earlier one of their phrase by more than 0.9.
+        absent, rejected: Phrases that name nothing, and those of them without a prediction.
+    """
+
+    def __init__(self) -> None:
+        self.hits = [0] * 10
+        self.truths = self.predictions = self.duplicates = self.absent = self.rejected = 0
+        self._ranked: dict[str, list[tuple[float, bool]]] = {name: [] for name in SHAPES}
+        self._totals = dict.fromkeys(SHAPES, 0)
+
+    def add(self, told: np.ndarray, truth: np.ndarray) -> None:
+        """Take what was told about a phrase, and what is there, edges in pixels, (boxes, 4)."""
+        overlap = intersection_over_union(told, truth)
+        for step in range(10):
+            self.hits[step] += matched(overlap, 0.5 + 0.05 * step - 1e-9)
+        self.truths, self.predictions = self.truths + len(truth), self.predictions + len(told)
+        itself = np.triu(intersection_over_union(told, told), 1)
+        self.duplicates += int((itself > 0.9).any(0).sum())
+        if not len(truth):
+            self.absent += 1
+            self.rejected += not len(told)
+
+    def rank(
+        self, category: str, boxes: np.ndarray, scores: Sequence[float], truth: np.ndarray
+    ) -> None:
+        """Take boxes with scores, for the average precision of their category.
+
+        Args:
+            category: A shape.
+            boxes, truth: Edges in pixels, (boxes, 4).
+            scores: Of each box.
+        """
+        self._totals[category] += len(truth)
+        free = np.ones(len(truth), bool)
+        overlap = intersection_over_union(boxes, truth)
+        for number in np.argsort([-value for value in scores], kind="stable"):
+            row = np.where(free, overlap[number], -1.0)
+            best = int(row.argmax()) if len(row) else -1
+            right = best >= 0 and bool(row[best] >= 0.5)
+            if right:
+                free[best] = False
+            self._ranked[category].append((scores[number], right))
+
+    def numbers(self) -> dict[str, float]:
+        """Return f1_50, f1_75, f1_95, f1_mean, ap50, duplicates and absent; see `score`."""
+        f1 = [2 * hits / max(self.truths + self.predictions, 1) for hits in self.hits]
+        precisions = [average_precision(self._ranked[name], self._totals[name]) for name in SHAPES]
+        known = any(self._totals.values())
+        return {
+            "f1_50": f1[0],
+            "f1_75": f1[5],
+            "f1_95": f1[9],
+            "f1_mean": float(np.mean(f1)),
+            "ap50": float(np.nanmean(precisions)) if known else float("nan"),
+            "duplicates": self.duplicates / max(self.predictions, 1),
+            "absent": self.rejected / max(self.absent, 1),
+        }
+
+
 def score(asked: list[Request], replies: list[Reply]) -> dict[str, float]:
     """Return the quality of box answers.
 
@@ -134,55 +199,22 @@ def score(asked: list[Request], replies: list[Reply]) -> dict[str, float]:
         earlier one of the phrase by more than 0.9), absent (share of phrases that name nothing
         and were answered so), malformed (answers that `is_malformed`).
     """
-    thresholds = [0.5 + 0.05 * step for step in range(10)]
-    hits = dict.fromkeys(range(10), 0)
-    truths = predictions = duplicates = malformed = empty = rejected = 0
-    scored: dict[str, list[tuple[float, bool]]] = {name: [] for name in SHAPES}
-    totals = dict.fromkeys(SHAPES, 0)
+    scores, malformed = BoxScores(), 0
     for request, reply in zip(asked, replies, strict=True):
         parsed = parse(reply.ids, request.kind)
         malformed += is_malformed(request, parsed)
-        told = {found.phrase: place for place, found in enumerate(parsed.found)}
+        told = {
+            found.phrase: (found.instances, spans)
+            for found, spans in zip(parsed.found, parsed.spans, strict=True)
+        }
         for phrase, instances in request.answer:
-            place = told.get(phrase)
-            guesses = parsed.found[place].instances if place is not None else []
+            guesses, spans = told.get(phrase, ([], []))
             truth, guess = boxes_of(instances), boxes_of(guesses)
-            overlap = intersection_over_union(guess, truth)
-            for step, threshold in enumerate(thresholds):
-                hits[step] += matched(overlap, threshold - 1e-9)
-            truths, predictions = truths + len(truth), predictions + len(guess)
-            itself = np.triu(intersection_over_union(guess, guess), 1)
-            duplicates += int((itself > 0.9).any(0).sum())
-            if not len(truth):
-                empty += 1
-                rejected += not len(guess)
-            if phrase not in totals:
-                continue
-            totals[phrase] += len(truth)
-            values = [
-                float(np.exp(np.mean(reply.log_probabilities[a:b])))
-                for a, b in (parsed.spans[place] if place is not None else [])
-            ]
-            free = np.ones(len(truth), bool)
-            for number in np.argsort([-value for value in values], kind="stable"):
-                row = np.where(free, overlap[number], -1.0)
-                best = int(row.argmax()) if len(row) else -1
-                right = best >= 0 and row[best] >= 0.5
-                if right:
-                    free[best] = False
-                scored[phrase].append((values[number], bool(right)))
-    f1 = {step: 2 * hits[step] / max(truths + predictions, 1) for step in hits}
-    precisions = [average_precision(scored[name], totals[name]) for name in SHAPES]
-    return {
-        "f1_50": f1[0],
-        "f1_75": f1[5],
-        "f1_95": f1[9],
-        "f1_mean": float(np.mean(list(f1.values()))),
-        "ap50": float(np.nanmean(precisions)) if any(totals.values()) else float("nan"),
-        "duplicates": duplicates / max(predictions, 1),
-        "absent": rejected / max(empty, 1),
-        "malformed": malformed / max(len(asked), 1),
-    }
+            scores.add(guess, truth)
+            if phrase in SHAPES:
+                values = [float(np.exp(np.mean(reply.log_probabilities[a:b]))) for a, b in spans]
+                scores.rank(phrase, guess, values, truth)
+    return scores.numbers() | {"malformed": malformed / max(len(asked), 1)}
 
 
 def score_points(asked: list[Request], replies: list[Reply]) -> dict[str, float]:

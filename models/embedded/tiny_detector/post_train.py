@@ -99,15 +99,15 @@ def doubled(found: list[Found], draws: Draws) -> list[Found]:
     return [*found[:row], changed, *found[row + 1 :]]
 
 
-def reward_of(request: Request, reply: Reply, matching: Matching) -> float:
-    """Return the reward of an answer to a request for boxes."""
+def reward_of(request: Request, reply: Reply, matching: Matching, penalty: float = 0.0) -> float:
+    """Return the reward of an answer to a request for boxes; see `grpo.box_reward`."""
     parsed = parse(reply.ids, request.kind)
     told: dict[str, list[tuple[int, ...]]] = {}
     for phrase, boxes in parsed.found:
         told.setdefault(phrase, []).extend(boxes)
     mine = [Named(phrase, boxes_of(boxes)) for phrase, boxes in told.items()]
     right = [Named(phrase, boxes_of(boxes)) for phrase, boxes in request.answer]
-    return box_reward(mine, right, matching)
+    return box_reward(mine, right, matching, penalty)
 
 
 def answer_log_probabilities(
@@ -162,7 +162,9 @@ class PostTraining:
         start: str,
         arm: str,
         matching: Matching,
+        penalty: float,
     ) -> None:
+        self.penalty = penalty
         self.out, self.device, self.seed, self.arm, self.matching = out, device, seed, arm, matching
         self.begins = start
         self.small = steps_scale < SMOKE_SCALE
@@ -180,7 +182,7 @@ class PostTraining:
         self.draws = torch.Generator().manual_seed(seed + 1)
         self.renderer, self.start = Renderer(data.SIZE, device), prompt_start(device)
         recipe = {"seed": seed, "device": device.type, "start": start, "arm": arm}
-        recipe |= {"steps": self.steps, "reward": matching}
+        recipe |= {"steps": self.steps, "reward": matching, "duplicate_penalty": penalty}
         self.checkpoint = Checkpoint(out, recipe)
         self.checkpoint.EVERY_SECONDS = 60.0
         self.recipe = recipe
@@ -296,7 +298,7 @@ class PostTraining:
         groups = [replies[first : first + answers] for first in range(0, len(replies), answers)]
         rewards = torch.tensor(
             [
-                [reward_of(request, reply, self.matching) for reply in group]
+                [reward_of(request, reply, self.matching, self.penalty) for reply in group]
                 for request, group in zip(batch.asked, groups, strict=True)
             ]
         )
@@ -354,6 +356,9 @@ def main() -> None:
     parser.add_argument("--start", choices=("noisy", "clean"), default="noisy")
     parser.add_argument("--arm", choices=("grpo", "sft"), default="grpo")
     parser.add_argument("--reward", choices=("max", "one_to_one"), default="one_to_one")
+    parser.add_argument(
+        "--duplicate-penalty", type=float, default=0.0, help="Taken off for an answer of repeats."
+    )
     args = parser.parse_args()
     PostTraining(
         args.out,
@@ -364,6 +369,7 @@ def main() -> None:
         args.start,
         args.arm,
         args.reward,
+        args.duplicate_penalty,
     ).run()
 
 

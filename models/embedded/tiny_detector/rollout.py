@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.embedded.tiny_vlm.network import ROPE_THETA, TEXT_HEADS, TEXT_WIDTH, TinyVlm
+from models.embedded.tiny_vlm.network import TEXT_HEADS, TinyVlm, rotate, rotation
 from models.embedded.tiny_vlm.text import EOS
 
 
@@ -43,11 +43,8 @@ class _Cache:
             positions: (rows, new).
             mask: What the new tokens see, (rows, 1, new, all); None is causal, for a first run.
         """
-        half = TEXT_WIDTH // TEXT_HEADS // 2
-        rates = ROPE_THETA ** (-torch.arange(half, device=x.device) / half)
-        angles = positions[:, None, :, None] * rates
-        angles = torch.cat([angles, angles], -1)
-        cos, sin = angles.cos(), angles.sin()
+        # The same for all heads.
+        cos, sin = rotation(positions[:, None])
         is_first = not self.keys
         for number, layer in enumerate(self.language.layers):
             parts = layer.self_attn
@@ -57,8 +54,7 @@ class _Cache:
                 for name in ("q_proj", "k_proj", "v_proj")
             ]
             query, key, value = heads
-            turn = (cos.to(query.dtype), sin.to(query.dtype))
-            query, key = (_turned(each, *turn) for each in (query, key))
+            query, key = (rotate(each, cos, sin) for each in (query, key))
             if is_first:
                 self.keys.append(key)
                 self.values.append(value)
@@ -87,11 +83,6 @@ class _Cache:
         """Return the logits after some states, float32."""
         found: Tensor = self.head(self.language.norm(states)).float()
         return found
-
-
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = heads.chunk(2, -1)
-    return heads * cos + torch.cat([-high, low], -1) * sin
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

@@ -72,6 +72,21 @@ def llava_config(vocabulary: int = len(VOCABULARY)) -> dict:
     }
 
 
+def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the rotary angles of positions, (..., head width)."""
+    half = TEXT_WIDTH // TEXT_HEADS // 2
+    rates = ROPE_THETA ** (-torch.arange(half, device=positions.device) / half)
+    angles = positions[..., None] * rates
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys, (..., tokens, head width), by the angles of their positions."""
+    low, high = heads.chunk(2, -1)
+    return heads * cos.to(heads.dtype) + torch.cat([-high, low], -1) * sin.to(heads.dtype)
+
+
 def _linear(modules: nn.ModuleDict, name: str) -> nn.Linear:
     module = modules[name]
     assert isinstance(module, nn.Linear)
@@ -176,10 +191,7 @@ class _TextLayer(nn.Module):
         parts = [_linear(self.self_attn, name).weight for name in ("q_proj", "k_proj", "v_proj")]
         heads = F.linear(self.input_layernorm(x), torch.cat(parts))
         heads = heads.unflatten(-1, (3, TEXT_HEADS, -1)).permute(2, 0, 3, 1, 4)
-        turned = heads[:2]
-        cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
-        low, high = turned.chunk(2, -1)
-        turned = turned * cos + torch.cat([-high, low], -1) * sin
+        turned = rotate(heads[:2], cos, sin)
         attended = F.scaled_dot_product_attention(turned[0], turned[1], heads[2], attn_mask=mask)
         x = x + self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2))
         both = torch.cat([_linear(self.mlp, name).weight for name in ("gate_proj", "up_proj")])
@@ -296,11 +308,7 @@ class TinyVlm(nn.Module):
         first = language.embed_tokens(start).expand(len(words), -1, -1)
         rest = language.embed_tokens(words)
         x = torch.cat([first, visual.to(first.dtype), rest], 1)
-        half = TEXT_WIDTH // TEXT_HEADS // 2
-        rates = ROPE_THETA ** (-torch.arange(half, device=x.device) / half)
-        angles = layout.positions[:, None] * rates
-        angles = torch.cat([angles, angles], -1)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rotation(layout.positions)
         for layer in language.layers:
             x = layer(x, layout.mask, cos, sin)
         x = x[:, layout.prefix : x.shape[1] - layout.padding]

@@ -25,7 +25,8 @@ from models.encoders import Batching, CausalEncoder, PromptBatch, ReadOut
 from models.loading import LoadSettings, load
 from tasks.mteb_data import EmbeddingData, distinct
 from tasks.mteb_mini import MiniTask, load_mini
-from tasks.mteb_scorers import Floats, draw_counts
+from tasks.mteb_scorers import Floats
+from tasks.resampling import draw_counts
 
 SEEDS = (3407, 1, 2, 3, 4)
 EXITS = (0, 4, 7)  # 0: the placeholder is never overwritten

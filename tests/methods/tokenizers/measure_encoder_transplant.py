@@ -33,7 +33,8 @@ from models.loading import load
 from models.tokenized import PlainTokenizer, load_donor, vocabulary_of
 from tasks.mteb_data import PairMatrix
 from tasks.mteb_mini import load_mini
-from tasks.mteb_scorers import Floats, draw_counts
+from tasks.mteb_scorers import Floats
+from tasks.resampling import draw_counts
 
 MAX_TOKENS = 128
 RESAMPLES = 2000
