@@ -6,6 +6,7 @@ stopping earlier. Every point has the interval of its quality, and of its time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,10 @@ def draw(
             for axes, (name, lines) in zip(row, panels.items(), strict=False):
                 _panel(axes, name, lines, names)
                 axes.set_ylabel(str(table.data[0]["metric"] or "quality"))
-            row[0].set_title(text.plain(table.title), loc="left", fontweight="bold")
+            settings = json.loads(table.data[0]["task_params"])
+            shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+            title = f"{table.title} · {shown}" if shown else table.title
+            row[0].set_title(text.plain(title), loc="left", fontweight="bold")
             row[0].legend(fontsize=6, frameon=False)
             for axes in row[len(panels) :]:
                 axes.set_axis_off()
@@ -176,6 +180,8 @@ def draw(
 
 def _panel(axes: Axes, name: str, lines: Mapping[str, list[Point]], names: Sequence[str]) -> None:
     """Draw one cost; a method has the same colour and marker in all panels."""
+    from matplotlib.ticker import NullFormatter
+
     for method, line in lines.items():
         number = names.index(method)
         costs = [point.cost for point in line]
@@ -193,6 +199,10 @@ def _panel(axes: Axes, name: str, lines: Mapping[str, list[Point]], names: Seque
             label=text.plain(method),
         )
     axes.axvline(1.0, color="0.8", linewidth=0.8, zorder=0)
+    # Ratios: half as much is as far from the baseline as twice as much.
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"{name}, baseline = 1")
 
 

@@ -90,6 +90,8 @@ def test_the_picture_names_every_method_and_is_the_same_each_time(tmp_path: Path
     # Text is drawn as shapes; the text itself stands in comments, which the parser leaves out.
     assert root.tag == f"{SVG}svg"
     drawn = first.decode()
+    # Tables of one task differ in its settings.
+    assert "toy · tiny · cpu-test · latency · prompt=raw" in drawn
     for name in ("plain", "f$a_b$ &lt;fast&gt;", "other", "time, baseline = 1"):
         assert f"<!-- {name} -->" in drawn
 
