@@ -6,7 +6,6 @@ stopping earlier. Every point has the interval of its quality, and of its time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from results import text
 from results.store import StoreError
-from results.tables import Row, Table, comparison_tables
+from results.tables import Row, Table, comparison_tables, settings_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,8 +165,7 @@ def draw(
             for axes, (name, lines) in zip(row, panels.items(), strict=False):
                 _panel(axes, name, lines, names)
                 axes.set_ylabel(str(table.data[0]["metric"] or "quality"))
-            settings = json.loads(table.data[0]["task_params"])
-            shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+            shown = settings_text(table.data[0]["task_params"])
             title = f"{table.title} · {shown}" if shown else table.title
             row[0].set_title(text.plain(title), loc="left", fontweight="bold")
             row[0].legend(fontsize=6, frameon=False)

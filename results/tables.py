@@ -338,6 +338,15 @@ def _labels(rows: Sequence[Row]) -> list[str]:
     return labels
 
 
+def settings_text(params: str) -> str:
+    """Return settings as they are written behind a name; "" for none.
+
+    Args:
+        params: As the view has them, a JSON object.
+    """
+    return ", ".join(f"{key}={_setting(value)}" for key, value in json.loads(params).items())
+
+
 def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -413,9 +422,7 @@ def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
             )
         )
     for name in ("task", "model"):
-        settings = json.loads(first[f"{name}_params"])
-        if settings:
-            shown = ", ".join(f"{key}={_setting(value)}" for key, value in settings.items())
+        if shown := settings_text(first[f"{name}_params"]):
             notes.append(f"{name.capitalize()} settings: {shown}.")
     sandboxes = _spread(row["sandbox"] for row in rows if row["sandbox"])
     if sandboxes:
