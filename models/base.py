@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
     from torch import Tensor
 
     from models.draft_tree import DraftTree
@@ -668,4 +669,293 @@ class Detector(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the device has finished what it was given."""
+        ...
+
+
+Condition = int | str
+"""What an image is to show: a class id, or a caption for models that read one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSampling:
+    """How the tokens of an image are drawn.
+
+    Attributes:
+        guidance_scale: s of classifier-free guidance, u + s (c - u) over conditional and
+            unconditional logits; 1 runs no unconditional half.
+        temperature: 0 takes the most likely token, above 0 samples.
+        top_k: Number of most likely tokens that can be drawn; 0 for all.
+        top_p: Probability of the smallest set of most likely tokens that can be drawn, in (0, 1].
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.guidance_scale >= 0:
+            raise ValueError(f"guidance_scale must be 0 or more, got {self.guidance_scale}.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 1, or 0 for no limit, got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the unconditional half is needed."""
+        return self.guidance_scale != 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFacts:
+    """Sizes of an image generator, for counting work.
+
+    Attributes:
+        image_size: Height and width of its images, pixels.
+        classes: Number of class ids that it can be asked for; 0 if it reads captions.
+        matrix_parameters: Weights of its matrices; of an autoregressive model those that each
+            token is multiplied with.
+        weight_bytes: Bytes of them.
+        dtype: Name of the weights' dtype, `float32` or the like.
+    """
+
+    image_size: tuple[int, int]
+    classes: int
+    matrix_parameters: int
+    weight_bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokenFacts(TextModelFacts, ImageFacts):
+    """Sizes of an autoregressive image model; what is counted is counted for one row of a batch.
+
+    Attributes:
+        image_tokens: Tokens of an image in the sequence, row ends included where there are any.
+        grid: Rows and columns of codes.
+        hidden_size: Size of the hidden states.
+    """
+
+    image_tokens: int
+    grid: tuple[int, int]
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Images that a model made.
+
+    Attributes:
+        pixels: RGB, (images, height, width, 3), uint8.
+        tokens: The tokens of each image in order; () for a model without tokens.
+        trace: What was done, for all images together; a forward over a batch counts once for each
+            image. The marks end `prefill`, `decode` and `pixels`.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    tokens: tuple[tuple[int, ...], ...]
+    trace: Trace
+
+
+@runtime_checkable
+class ImageGenerator(Protocol):
+    """Makes images for conditions."""
+
+    name: str
+
+    @property
+    def facts(self) -> ImageFacts:
+        """Sizes of the model."""
+        ...
+
+    def generate(
+        self, conditions: Sequence[Condition], seeds: Sequence[int], sampling: ImageSampling
+    ) -> GeneratedImages:
+        """Make one image for each condition.
+
+        Args:
+            conditions: What each image shows.
+            seeds: Of the randomness of each image, which depends on nothing else in the batch.
+            sampling: How tokens are drawn.
+
+        Raises:
+            Unsupported: A condition is of a kind that the model does not take.
+            ValueError: There is not one seed for each condition, or no such class.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        ...
+
+
+class WindowOutput(NamedTuple):
+    """What a forward over a window of image tokens returns.
+
+    Where the window holds the token at place n, the logits are about the token at place n + 1.
+
+    Attributes:
+        logits: (branches * rows, width, vocab), float32; with guidance there are two branches, the
+            conditional one first.
+        hidden: Last hidden states, after the final norm, (branches * rows, width, hidden).
+        rows: Images.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    rows: int
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is an unconditional branch."""
+        return len(self.logits) == 2 * self.rows
+
+    @property
+    def conditional(self) -> Tensor:
+        """Logits given the condition, (rows, width, vocab)."""
+        return self.logits[: self.rows]
+
+    @property
+    def unconditional(self) -> Tensor | None:
+        """Logits given none, (rows, width, vocab); None without guidance."""
+        return self.logits[self.rows :] if self.is_guided else None
+
+    @property
+    def hidden_conditional(self) -> Tensor:
+        """Hidden states given the condition, (rows, width, hidden)."""
+        return self.hidden[: self.rows]
+
+    @property
+    def hidden_unconditional(self) -> Tensor | None:
+        """Hidden states given none, (rows, width, hidden); None without guidance."""
+        return self.hidden[self.rows :] if self.is_guided else None
+
+
+@runtime_checkable
+class ImageSession(Protocol):
+    """A batch of images in progress, in lockstep: a cache of tokens and forwards over windows.
+
+    A token has a place, its index in the image in the order of the sequence. Both branches of
+    guidance get the same tokens and keep the same cache. The last token that is settled need not be
+    in the cache: it is the first of the next window.
+
+    Attributes:
+        rows: Images; the unconditional branch is not counted.
+        is_guided: Whether there is an unconditional branch.
+        length: Image tokens in the cache; the condition is not counted.
+        trace: The session counts its prefill, forwards, operations and cache bytes into it, each
+            forward once a row.
+    """
+
+    rows: int
+    is_guided: bool
+    length: int
+    trace: Trace
+
+    def prefill(self) -> WindowOutput:
+        """Read the condition; called once, before all else.
+
+        Returns:
+            Logits about place 0, of width 1.
+        """
+        ...
+
+    def forward(
+        self, tokens: Tensor, places: Tensor | None = None, mask: Tensor | None = None
+    ) -> WindowOutput:
+        """Run a window of tokens; their keys and values are appended to the cache.
+
+        Args:
+            tokens: (rows, width), int64.
+            places: Place of each, (width,), best on the CPU; None for those that follow the cache.
+            mask: True where a token of the window (row) may see another one or itself (column),
+                (width, width); None for those before it and itself. What is cached all of them see.
+
+        Raises:
+            ValueError: A place is not in the image, or the cache has no room.
+        """
+        ...
+
+    def crop(self, length: int) -> None:
+        """Forget the cached image tokens from `length` on."""
+        ...
+
+    def keep(self, start: int, path: Sequence[int]) -> None:
+        """Of the entries from `start` on keep those at the offsets `path`, in that order."""
+        ...
+
+
+class PositionConstraints(Protocol):
+    """Which tokens cannot stand at a place: row ends inside a row, text inside an image."""
+
+    def forbidden(self, places: Tensor) -> Tensor | None:
+        """Return True where a token cannot be, (places, vocab); None if all can be anywhere.
+
+        Args:
+            places: (places,), int64.
+        """
+        ...
+
+
+@runtime_checkable
+class AutoregressiveImageModel(ImageGenerator, Protocol):
+    """An image generator that draws one token after the other: what decoding methods change.
+
+    Attributes:
+        constraints: Which tokens can stand where.
+        module: The network.
+    """
+
+    constraints: PositionConstraints
+    module: Any
+
+    @property
+    def facts(self) -> ImageTokenFacts:
+        """Sizes of the model."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    @property
+    def codebook(self) -> Tensor:
+        """Vectors of the codes, (codes, code_dim), float32."""
+        ...
+
+    def session(
+        self, conditions: Sequence[Condition], *, guided: bool, capacity: int, trace: Trace
+    ) -> ImageSession:
+        """Open a batch of images.
+
+        Args:
+            conditions: One an image.
+            guided: Whether an unconditional branch runs beside.
+            capacity: Image tokens that the cache has room for, drafts included.
+            trace: Where the session counts what it does.
+
+        Raises:
+            Unsupported: A condition is of a kind that the model does not take.
+            ValueError: There is no such class.
+        """
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the decoder's embeddings of image tokens, (..., hidden)."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states as sessions return them, (..., vocab), float32."""
+        ...
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Return the code of each token, the shape of `tokens`; -1 for one that is no code."""
+        ...
+
+    def pixels(self, tokens: Tensor) -> npt.NDArray[np.uint8]:
+        """Return the images of tokens, (rows, image_tokens) to (rows, height, width, 3)."""
         ...

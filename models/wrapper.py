@@ -8,26 +8,24 @@ if TYPE_CHECKING:
     from models.base import Session, TextModelFacts, Tokenizer
 
 
-class Wrapper:
-    """A model around another one.
+class Around:
+    """A model around another one of any capability.
 
     Attributes:
-        name, tokenizer, facts: The wrapped model's.
+        name, facts: The wrapped model's.
     """
 
     name: str
-    tokenizer: Tokenizer
-    facts: TextModelFacts
+    facts: Any
 
     def __init__(self, model: Any) -> None:
         """Wrap a model; nothing in it is changed.
 
         Args:
-            model: Of a capability with a tokenizer and facts.
+            model: Of any capability.
         """
         self._model = model
         self.name = model.name
-        self.tokenizer = model.tokenizer
         self.facts = model.facts
 
     def synchronize(self) -> None:
@@ -38,6 +36,26 @@ class Wrapper:
         if name.startswith("_"):  # also met before __init__ has run, when copied
             raise AttributeError(name)
         return getattr(self._model, name)
+
+
+class Wrapper(Around):
+    """A model around another one that has a tokenizer.
+
+    Attributes:
+        name, tokenizer, facts: The wrapped model's.
+    """
+
+    tokenizer: Tokenizer
+    facts: TextModelFacts
+
+    def __init__(self, model: Any) -> None:
+        """Wrap a model; nothing in it is changed.
+
+        Args:
+            model: Of a capability with a tokenizer and facts.
+        """
+        super().__init__(model)
+        self.tokenizer = model.tokenizer
 
 
 class GeneratorWrapper(Wrapper):

@@ -98,6 +98,12 @@ class DecoderConfig:
         return self.width // self.heads
 
     @property
+    def inner_size(self) -> int:
+        """Inner size of the SwiGLU."""
+        inner = int(2 * 4 * self.width / 3)
+        return -(-inner // self.ffn_multiple) * self.ffn_multiple
+
+    @property
     def image_tokens(self) -> int:
         """Tokens of an image."""
         return self.grid * self.grid
@@ -401,7 +407,9 @@ class DecoderOutput(NamedTuple):
     hidden: Tensor
 
 
-class _Attention(nn.Module):
+class RotaryAttention(nn.Module):
+    """A Llama block's attention, with rotation in two dimensions and a cache."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.heads, self.head_dim = config.heads, config.head_dim
@@ -411,6 +419,7 @@ class _Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
+        """Mix values, (batch, tokens, width); `ImageDecoder` makes `rotation` and `mask`."""
         split = self.wqkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         query, key = rotate(split[:2], rotation)
         value = split[2]
@@ -422,16 +431,17 @@ class _Attention(nn.Module):
         return out
 
 
-class _FeedForward(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+class SwiGLU(nn.Module):
+    """A Llama block's feed-forward part."""
+
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        inner = int(2 * 4 * config.width / 3)
-        inner = -(-inner // config.ffn_multiple) * config.ffn_multiple
-        self.w1 = nn.Linear(config.width, inner, bias=False)
-        self.w3 = nn.Linear(config.width, inner, bias=False)
-        self.w2 = nn.Linear(inner, config.width, bias=False)
+        self.w1 = nn.Linear(width, inner, bias=False)
+        self.w3 = nn.Linear(width, inner, bias=False)
+        self.w2 = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (…, width) from (…, width)."""
         out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
         return out
 
@@ -439,8 +449,8 @@ class _FeedForward(nn.Module):
 class _Block(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.attention = _Attention(config)
-        self.feed_forward = _FeedForward(config)
+        self.attention = RotaryAttention(config)
+        self.feed_forward = SwiGLU(config.width, config.inner_size)
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
         self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
 
@@ -519,12 +529,8 @@ class ImageDecoder(nn.Module):
         held = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(held, held + count, device=inputs.device)
-        if mask is None and held and count > 1:
-            entries = torch.arange(held + count, device=inputs.device)
-            mask = entries[None] <= entries[held:, None]
-        rotation = self.rotation[positions]
-        if rotation.ndim == 4:
-            rotation = rotation[:, None]
+        mask = window_mask(held, count, inputs.device) if mask is None else mask
+        rotation = rotation_at(self.rotation, positions)
         x = inputs
         for number, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, cache, number)
@@ -561,6 +567,28 @@ def rotation_table(config: DecoderConfig) -> Tensor:
     both = torch.cat([rows, columns], -1).flatten(0, 1)
     turned = torch.stack([both.cos(), both.sin()], -1)
     return torch.cat([torch.zeros(1, *turned.shape[1:]), turned])
+
+
+def rotation_at(table: Tensor, positions: Tensor) -> Tensor:
+    """Return the rows of `rotation_table` at positions (tokens,) or (batch, tokens), for `rotate`.
+
+    Returns:
+        (tokens, head_dim / 2, 2) or (batch, 1, tokens, head_dim / 2, 2).
+    """
+    rotation = table[positions]
+    return rotation[:, None] if rotation.ndim == 4 else rotation
+
+
+def window_mask(held: int, count: int, device: torch.device) -> Tensor | None:
+    """Return who attends to whom when `count` tokens follow `held` cached ones, (count, all).
+
+    None where attention needs no mask: one token sees everything, and without cached tokens plain
+    causal attention is meant.
+    """
+    if not held or count == 1:
+        return None
+    entries = torch.arange(held + count, device=device)
+    return entries[None] <= entries[held:, None]
 
 
 def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
@@ -702,7 +730,11 @@ def load_image_model(folder: Path, device: torch.device | str = "cpu") -> ImageM
         ImageTokenizer(config.tokenizer), ImageDecoder(config.target), ImageDecoder(config.draft)
     )
     for part, name in zip(parts, ("tokenizer", "model", "draft"), strict=True):
-        state = load_file(folder / f"{name}.safetensors")
-        part.load_state_dict({key: value.float() for key, value in state.items()})
-        part.to(device).eval().requires_grad_(False)
+        load_weights(part, folder / f"{name}.safetensors", device)
     return parts
+
+
+def load_weights(module: nn.Module, path: Path, device: torch.device | str = "cpu") -> None:
+    """Fill a module from a file, float32, and ready it for evaluation on a device."""
+    module.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    module.to(device).eval().requires_grad_(False)

@@ -1,0 +1,163 @@
+"""Print the two laws of relaxed decoding and what a window costs, on a model and this machine.
+
+    python -m tests.methods.visual_ar.measure_laws MODEL IMAGES
+
+For each setting, over places of images of the model: how often a draft stands, what the exact rule
+would give, the excess, and how far the law of the token emitted is from the target's, computed over
+all tokens. Drafts are those of the feature drafter one step ahead (LANTERN) and the distribution of
+the same place with the token before it guessed (GSD's window, one iteration old).
+
+Then t(W) / t(1): what a forward over W tokens costs, in forwards over one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods.visual_ar.common_drafts import feature_drafter_for
+from methods.visual_ar.common_verification import ExactRule, NeighbourRule, Rule, output_law
+from methods.visual_ar.gsd import Gsd
+from methods.visual_ar.lantern import Lantern
+from models.base import AutoregressiveImageModel, ImageSampling, Trace
+from models.image_generation import TokenPipeline, draw_tokens
+from models.loading import load
+
+SAMPLING = ImageSampling(guidance_scale=1.5)
+WIDTHS = (1, 2, 4, 8, 16, 32, 59, 64)
+PLACES = range(20, 250, 23)
+
+
+def laws(
+    model: AutoregressiveImageModel, label: int, seed: int
+) -> Mapping[str, list[tuple[Tensor, Tensor]]]:
+    """Return pairs (p, q) at some places of an image, by how the drafts came about."""
+    pipeline = TokenPipeline(sampling=SAMPLING, constraints=model.constraints)
+    made = model.generate([label], [seed], SAMPLING)
+    tokens = torch.tensor(made.tokens, device=model.device)
+    total = model.facts.image_tokens
+
+    def read(fed: Tensor) -> tuple[Tensor, Tensor]:
+        session = model.session([label], guided=True, capacity=total, trace=Trace())
+        first = session.prefill()
+        rest = session.forward(fed[:, :-1])
+        hidden = torch.cat([first.hidden, rest.hidden], dim=1)
+        found = torch.cat(
+            [
+                pipeline.probabilities(first, [0]),
+                pipeline.probabilities(rest, range(1, total)),
+            ],
+            dim=1,
+        )
+        return found[0], hidden
+
+    p, hidden = read(tokens)
+    drafter = feature_drafter_for("own", model)
+    embedded = model.embed(tokens[:, :-1]).expand(2, -1, -1)
+    with torch.no_grad():
+        guesses = drafter(embedded, hidden[:, :-1])
+    drafted = SAMPLING.guidance_scale * (
+        model.head(guesses[:1]) - model.head(guesses[1:])
+    ) + model.head(guesses[1:])
+    ahead = pipeline.from_logits(drafted[0], range(1, total))
+    window: list[tuple[Tensor, Tensor]] = []
+    generator = torch.Generator().manual_seed(seed)
+    for place in PLACES:
+        # The token before is another draw from its own law: what a window knew an iteration ago.
+        other = tokens.clone()
+        other[:, place - 1] = draw_tokens(p[place - 1], torch.rand((), generator=generator))
+        window.append((p[place], read(other)[0][place]))
+    return {"window": window, "tree": [(p[place], ahead[place - 1]) for place in PLACES]}
+
+
+def report(name: str, rule: Rule, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Print one line: means over the pairs."""
+    found = [output_law(rule, p, q) for p, q in pairs]
+    rows = np.array([(each.acceptance, each.exact_acceptance, each.distance) for each in found])
+    accepted, exact, distance = rows.mean(0)
+    extra = ""
+    if isinstance(rule, NeighbourRule):
+        taken = [
+            rule.borrowed(p[None].double(), torch.arange(len(p)))[2].sum(-1).double() @ q.double()
+            for p, q in pairs
+        ]
+        extra = f"  neighbours taken {float(np.mean([float(each) for each in taken])):.0f}"
+    print(
+        f"{name:44} accepted {accepted:.3f}  exact {exact:.3f}  excess {accepted - exact:+.3f}  "
+        f"TV(output, p) {distance:.3f}{extra}",
+        flush=True,
+    )
+
+
+def window_cost(model: AutoregressiveImageModel) -> None:
+    """Print what a forward over W tokens costs behind half an image; medians of 15."""
+    total = model.facts.image_tokens
+
+    def timed(width: int) -> float:
+        session = model.session([0], guided=True, capacity=total + width, trace=Trace())
+        session.prefill()
+        held = total // 2
+        session.forward(torch.zeros(1, held, dtype=torch.int64, device=model.device))
+        tokens = torch.zeros(1, width, dtype=torch.int64, device=model.device)
+        seconds = []
+        for _ in range(15):
+            model.synchronize()
+            begin = time.perf_counter()
+            session.forward(tokens)
+            model.synchronize()
+            seconds.append(time.perf_counter() - begin)
+            session.crop(held)
+        return float(np.median(seconds))
+
+    one = timed(1)
+    costs = ", ".join(f"W={width} {timed(width) / one:.2f}" for width in WIDTHS)
+    print(f"t(1) = {1000 * one:.2f} ms with guidance; t(W)/t(1): {costs}", flush=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    model = load(sys.argv[1], offline=True, capability="ImageGenerator")
+    assert isinstance(model, AutoregressiveImageModel)
+    window_cost(model)
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for number in range(int(sys.argv[2])):
+        for kind, found in laws(model, 7 * number % 20, number).items():
+            pairs.setdefault(kind, []).extend(found)
+    judged: Mapping[str, Callable[[], Rule]] = {
+        **{
+            f"window gsd {method.acceptance} G={method.group_size} {method.strength:g}": (
+                lambda method=method: method.judge(model)
+            )
+            for method in (
+                *(Gsd(group_size=size, distance_quantile=0.1) for size in (1, 3, 14, 25, 50)),
+                Gsd(acceptance="by-p"),
+                Gsd(acceptance="by-q"),
+                Gsd(acceptance="static"),
+                Gsd(acceptance="partition"),
+                Gsd(acceptance="partition-group"),
+                *(Gsd(acceptance="amplify", strength=factor) for factor in (1.5, 2.0, 3.0)),
+            )
+        },
+        "tree exact": ExactRule,
+        **{
+            f"tree lantern delta={method.delta:g} k={method.neighbours} {method.metric}": (
+                lambda method=method: method.judge(model)
+            )
+            for method in (
+                *(Lantern(delta=delta) for delta in (0.05, 0.1, 0.2, 0.4)),
+                *(Lantern(delta=0.1, neighbours=count) for count in (10, 100)),
+                Lantern(delta=0.1, metric="random"),
+            )
+        },
+    }
+    for name, make in judged.items():
+        report(name, make(), pairs[name.partition(" ")[0]])
+
+
+if __name__ == "__main__":
+    main()
