@@ -1,0 +1,210 @@
+"""The numbers of a row: what they are called, how they are written, and the SQL that gives them.
+
+A number has two statements. The first reads it, with its interval and verdict, from the view
+`comparison`, where all tables have it from. The second makes its value anew from the raw samples;
+intervals come from resampling, which no SQL does, and `verify` computes them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from results import text
+from results.tables import Row, shown
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number of a row.
+
+    Attributes:
+        column: In the view.
+        heading: For people.
+        meaning: In a sentence.
+        low, high: Columns of its interval; "" if it has none.
+        verdict: Column of its verdict; "" if it has none.
+    """
+
+    column: str
+    heading: str
+    meaning: str
+    low: str = ""
+    high: str = ""
+    verdict: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the view that belong to it."""
+        return tuple(name for name in (self.column, self.low, self.high, self.verdict) if name)
+
+    def value(self, row: Row) -> str:
+        """Return the value as every table writes it; "" where there is none."""
+        return shown(row, self.column)
+
+    def ends(self, row: Row) -> str:
+        """Return the interval, `[0.96, 1.16]`; "" where there is none."""
+        if not self.low or row[self.low] is None or row[self.high] is None:
+            return ""
+        return f"[{shown(row, self.low)}, {shown(row, self.high)}]"
+
+    def judged(self, row: Row) -> str:
+        """Return the verdict; "" where there is none."""
+        return str(row[self.verdict] or "") if self.verdict else ""
+
+    def sql(self, row: Row) -> str:
+        """Return the statement that reads it from the view."""
+        return (
+            f"SELECT {', '.join(self.columns)} FROM comparison "
+            f"WHERE experiment_id = {quoted(row['experiment_id'])} "
+            f"AND cell_id = {quoted(row['cell_id'])}"
+        )
+
+
+QUANTITIES: Final = (
+    Quantity(
+        "quality",
+        "quality",
+        "The task's headline metric over all items of the cell.",
+        "quality_low",
+        "quality_high",
+    ),
+    Quantity(
+        "quality_delta",
+        "vs baseline",
+        "Difference from the baseline's quality on the items that both answered.",
+        "quality_delta_low",
+        "quality_delta_high",
+        "quality_verdict",
+    ),
+    Quantity(
+        "speedup",
+        "speed-up",
+        "The baseline's time for a unit of output over the method's, on the same items.",
+        "speedup_low",
+        "speedup_high",
+        "speed_verdict",
+    ),
+    Quantity(
+        "speedup_bound",
+        "bound",
+        "The largest speed-up that the method's own counts allow here.",
+    ),
+    Quantity(
+        "decode_speedup",
+        "decode speed-up",
+        "The same for the time after the prefill alone.",
+        "decode_speedup_low",
+        "decode_speedup_high",
+        "decode_verdict",
+    ),
+    Quantity("decode_bound", "decode bound", "The largest speed-up of decoding, likewise."),
+    Quantity(
+        "tokens_per_forward",
+        "tokens/forward",
+        "Tokens after the prefill over the target's forwards; plain decoding has 1.",
+    ),
+    Quantity("tokens_per_second", "tokens/s", "Tokens of output over seconds, prefill included."),
+    Quantity("seconds_per_item", "s/item", "Mean seconds of a call."),
+    Quantity("work_ratio", "work", "Operations of a unit of output over the baseline's."),
+    Quantity("memory_ratio", "memory", "Highest peak of any sample over the baseline's."),
+    Quantity("items", "items", "Items measured."),
+)
+
+
+def quoted(name: str) -> str:
+    """Return text as a literal of SQL."""
+    return "'" + name.replace("'", "''") + "'"
+
+
+def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str:
+    """Return the statement that makes a number anew from the samples; "" where SQL cannot.
+
+    Args:
+        row: Of the view.
+        column: Of a `Quantity`.
+        metric_kind: `kind` of the headline metric.
+        output_unit: `token`, or what of each call yields one.
+    """
+    own = f"experiment_id = {quoted(row['experiment_id'])} AND cell_id = {quoted(row['cell_id'])}"
+    if column == "items":
+        return f"SELECT count(DISTINCT item_id) FROM samples WHERE {own}"
+    if column == "seconds_per_item":
+        return f"SELECT avg(seconds) FROM samples WHERE {own}"
+    if column == "tokens_per_second":
+        return f"SELECT sum(output_tokens) / sum(seconds) FROM samples WHERE {own}"
+    if column == "tokens_per_forward":
+        return f"SELECT sum(decode_tokens) / sum(target_forwards) FROM samples WHERE {own}"
+    metric = f"metric = {quoted(str(row['metric']))}"
+    if column == "quality" and metric_kind in ("binary", "mean"):
+        return f"SELECT avg(value) FROM scores WHERE {own} AND {metric}"
+    both = _both(row)
+    if column == "quality_delta" and metric_kind in ("binary", "mean"):
+        return (
+            f"WITH {both} SELECT avg(own.value - plain.value) "
+            "FROM scores own JOIN both_ran USING (item_id) JOIN scores plain "
+            "USING (experiment_id, item_id, metric) "
+            f"WHERE own.experiment_id = {quoted(row['experiment_id'])} "
+            f"AND own.cell_id = {quoted(row['cell_id'])} AND own.{metric} "
+            f"AND plain.cell_id = {quoted(row['baseline_cell_id'])}"
+        )
+    unit = "output_tokens" if output_unit == "token" else "1"
+    if column == "speedup":
+        # Repeats of equal length are combined by their median, others by their mean.
+        return (
+            f"WITH {both}, totals AS (SELECT cell_id, avg({unit}) AS units, "
+            f"CASE WHEN min({unit}) = max({unit}) THEN median(seconds) ELSE avg(seconds) END "
+            "AS seconds FROM samples JOIN both_ran USING (item_id) "
+            f"WHERE experiment_id = {quoted(row['experiment_id'])} GROUP BY cell_id, item_id) "
+            f"SELECT {_ratio(row, 'sum(seconds)', 'sum(units)', is_own_first=False)} FROM totals"
+        )
+    if column in ("work_ratio", "memory_ratio"):
+        ratio = (
+            _ratio(row, "sum(flops)", f"sum({unit})", is_own_first=True)
+            if column == "work_ratio"
+            else _ratio(row, "max(peak_bytes)", "", is_own_first=True)
+        )
+        return (
+            f"WITH {both} SELECT {ratio} FROM samples JOIN both_ran USING (item_id) "
+            f"WHERE experiment_id = {quoted(row['experiment_id'])}"
+        )
+    return ""
+
+
+def samples_sql(row: Row) -> str:
+    """Return the statement that lists the samples of a cell and of its baseline."""
+    cells = dict.fromkeys((row["cell_id"], row["baseline_cell_id"]))
+    return (
+        f"SELECT * FROM samples WHERE experiment_id = {quoted(row['experiment_id'])} "
+        f"AND cell_id IN ({', '.join(map(quoted, cells))}) ORDER BY item_id, repeat, position"
+    )
+
+
+def _both(row: Row) -> str:
+    """Return the items that the cell and its baseline both ran, as a common table."""
+    cells = [quoted(row["cell_id"]), quoted(row["baseline_cell_id"])]
+    chosen = f"FROM samples WHERE experiment_id = {quoted(row['experiment_id'])} AND cell_id ="
+    return (
+        f"both_ran AS (SELECT DISTINCT item_id {chosen} {cells[0]} "
+        f"INTERSECT SELECT DISTINCT item_id {chosen} {cells[1]})"
+    )
+
+
+def _ratio(row: Row, above: str, below: str, *, is_own_first: bool) -> str:
+    """Return a ratio of the two cells, each a total over a total."""
+    sides = [
+        " / ".join(
+            f"{total} FILTER (cell_id = {quoted(row[cell])})" for total in (above, below) if total
+        )
+        for cell in ("cell_id", "baseline_cell_id")
+    ]
+    if not is_own_first:
+        sides.reverse()
+    return f"({sides[0]}) / ({sides[1]})"
+
+
+def number_text(value: object) -> str:
+    """Return a value of any column with full precision, for the page of an experiment."""
+    if value is None:
+        return ""
+    return text.plain(repr(value) if isinstance(value, float) else str(value))
