@@ -1,0 +1,116 @@
+"""`run.py lm-eval`: lm-eval's own evaluation with one of our models, and its results as a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.base import Unsupported
+from models.loading import ModelError
+from runner.request import UsageError
+from tasks.lm_eval_bridge import find_task, lm_eval
+
+if TYPE_CHECKING:
+    from runner.lm_eval_model import Tokenmark
+
+
+def make_model(**arguments: Any) -> Tokenmark:
+    """Return a model of lm-eval; arguments as `runner.lm_eval_model.Tokenmark` takes them.
+
+    Raises:
+        UsageError: lm-eval is not installed, or a name or setting is wrong.
+    """
+    try:
+        with lm_eval():
+            from runner.lm_eval_model import Tokenmark
+        return Tokenmark(**arguments)
+    except (Unsupported, ModelError, LookupError) as error:
+        raise UsageError(str(error)) from error
+
+
+def evaluate(
+    model: Tokenmark,
+    tasks: Sequence[str],
+    *,
+    folder: str = "",
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Run tasks of lm-eval and return its results, the samples included, as plain data.
+
+    Args:
+        model: Answers the requests.
+        tasks: Names of tasks, groups or tags.
+        folder: With YAML files of further tasks; paths of data in them are relative to it.
+        num_fewshot: Solved examples in front of each question; the task's own number if None.
+        limit: Documents of each task; all if None.
+        chat_template: Write requests as a conversation, by the model's own template.
+        cache: Folder for answers to requests; one file for each model with its method.
+
+    Raises:
+        UsageError: A task is unknown, its data are not to be had, or it asks for what the model
+            does not do.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable
+
+    found, needs_index = [], False
+    for name in tasks:
+        try:
+            found.append(str(find_task(name, folder)))
+        except ValueError:
+            found.append(name)  # a group or a tag: lm-eval's index of all tasks, half a minute
+            needs_index = True
+    use_cache = None
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        use_cache = str(cache.resolve() / model.key())
+    here = contextlib.chdir(folder) if folder else contextlib.nullcontext()
+    try:
+        with here:
+            manager = TaskManager(include_path=folder or None, include_defaults=needs_index)
+            results = simple_evaluate(
+                model=model,
+                tasks=found,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+                use_cache=use_cache,
+                bootstrap_iters=1000,
+            )
+    except (Unsupported, KeyError, ValueError, OSError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"lm-eval cannot run {', '.join(tasks)}: {why}") from error
+    plain: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
+    return plain
+
+
+def rows(results: dict[str, Any]) -> list[dict[str, str]]:
+    """Return lm-eval's table: one row a task, filter and metric."""
+    found = []
+    for task, numbers in results["results"].items():
+        for name, value in numbers.items():
+            metric, comma, filter_name = name.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = numbers.get(f"{metric}_stderr,{filter_name}")
+            found.append(
+                {
+                    "task": task,
+                    "version": str(results["versions"].get(task, "")),
+                    "filter": filter_name,
+                    "few-shot": str(results["n-shot"].get(task, "")),
+                    "metric": metric,
+                    "value": f"{value:.4f}" if isinstance(value, float) else str(value),
+                    "standard error": f"{error:.4f}" if isinstance(error, float) else "",
+                }
+            )
+    return found
