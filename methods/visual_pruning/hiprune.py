@@ -3,14 +3,16 @@
 Anchors are the tokens most attended in a middle layer, where attention lies on objects; buffers are
 their neighbours on the grid; registers, the tokens most attended in the layer that feeds the
 projector, take the rest of the budget and carry what is global. Training-free; does not see the
-question.
+question, unless `text_share` gives some places to the tokens that are most like it: HiPrune++ of
+the paper's later versions.
 
 Source: arXiv 2508.00553, section 3; the authors' code at 6e83a12. Differs from that code:
 neighbours stop at the grid's edge, where it steps into the next row and piles up at the border
 (`edges=flat` brings that back); chosen tokens are excluded by -inf, so Qwen2.5-VL keeps as many as
 were asked for; there are never more anchors than the budget has room for with their neighbours; in
 tiled images the budget counts the patches that are left when padding is cut off, and is met
-exactly.
+exactly. HiPrune++ is known to us second-hand, as a few places for the highest cosine between text
+and visual tokens; how many, and the cosine with the mean of the text, are our reading.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from methods.checks import require_choice, require_count, require_number
 from methods.visual_pruning.common import (
     VisualTokenMethod,
     neighbours,
+    normalised,
     shared_tiles,
     top_k,
 )
@@ -52,6 +55,8 @@ class HiPrune(VisualTokenMethod):
         score: Attention received from all tokens (`global`) or from [CLS] alone.
         parts: What the budget is spent on, for the ablation: `anchors` or `registers` alone, or
             both without neighbours.
+        text_share: Share of the budget, in [0, 1], for the tokens most like the text; it is taken
+            from the registers.
     """
 
     # A tiny model's budget of 12 has room for anchors only if they get a larger share.
@@ -63,6 +68,7 @@ class HiPrune(VisualTokenMethod):
     edges: Edges = "grid"
     score: Score = "global"
     parts: Parts = "all"
+    text_share: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +79,7 @@ class HiPrune(VisualTokenMethod):
         require_choice("edges", self.edges, get_args(Edges))
         require_choice("score", self.score, get_args(Score))
         require_choice("parts", self.parts, get_args(Parts))
+        require_number("text_share", self.text_share, 0, 1, "It is a share of the tokens kept.")
 
     def plan(self, model: VisionLanguage) -> VisualPlan:
         """Return a plan that watches two layers of the tower."""
@@ -97,10 +104,12 @@ class HiPrune(VisualTokenMethod):
     def _reduce(self, seen: Seen, middle_layer: int, last_layer: int) -> Tensor:
         layout = seen.layout
         middle, last = (self._scores(seen.encoded, layer) for layer in (middle_layer, last_layer))
+        likeness = self._likeness(seen) if self.text_share else torch.zeros_like(last)
         kept = []
         for own, share in shared_tiles(layout, self.budget(seen.num_patches)):
             places = layout.patch_place[own]
-            chosen = self.select(middle[own], last[own], places, grid=layout.grid, budget=share)
+            scores = (middle[own], last[own], likeness[own])
+            chosen = self.select(*scores, places, grid=layout.grid, budget=share)
             kept.append(own[chosen])
         return torch.cat(kept).sort().values
 
@@ -109,14 +118,27 @@ class HiPrune(VisualTokenMethod):
             return encoded.cls[layer].mean(0)
         return encoded.received[layer]
 
+    def _likeness(self, seen: Seen) -> Tensor:
+        """Return the cosine of each token, in the decoder's space, with the text, (tokens,)."""
+        seen.count(2.0 * seen.projected.numel())
+        return normalised(seen.projected) @ normalised(normalised(seen.text).mean(0))
+
     def select(
-        self, middle: Tensor, last: Tensor, places: Tensor, *, grid: Grid, budget: int
+        self,
+        middle: Tensor,
+        last: Tensor,
+        likeness: Tensor,
+        places: Tensor,
+        *,
+        grid: Grid,
+        budget: int,
     ) -> Tensor:
         """Choose the tokens of one tile; pure, so it is tested without a model.
 
         Args:
             middle: Attention each token receives in the object layer, (tokens,).
             last: The same in the layer that feeds the projector, (tokens,).
+            likeness: To the text, (tokens,); looked at if `text_share` is above 0.
             places: Where the tokens stand on the grid, ascending, (tokens,).
             grid: Rows and columns of the tile.
             budget: Tokens to keep.
@@ -125,6 +147,9 @@ class HiPrune(VisualTokenMethod):
             Numbers of the kept tokens, ascending, (budget,), int64.
         """
         core = self._core(middle, places, grid, budget)
+        asked = min(round(budget * self.text_share), budget - len(core))
+        named = top_k(likeness.index_fill(0, core, -torch.inf), asked)
+        core = torch.cat([core, named])
         rest = top_k(last.index_fill(0, core, -torch.inf), budget - len(core))
         return torch.cat([core, rest]).sort().values
 
