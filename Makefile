@@ -1,10 +1,13 @@
-# The two commands are `make bench` and `make test`; `make check` is what CI runs beside them.
+# The two commands are `make bench` and `make test`; `make check` and `make docs` are what CI runs
+# beside them.
 # Each makes .venv and installs what it needs; PYTHON names the interpreter that makes it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUITE ?= embedded
+# Processes that share the tests; each needs some 3 GB.
+TEST_PROCESSES ?= 2
 
 # An installation is good as long as its stamp names the same requirements, whatever the file times.
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
@@ -12,14 +15,18 @@ BENCH_STAMP := $(VENV)/.installed-bench-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 LOG := $(VENV)/install.log
 
-.PHONY: bench test check format sandbox clean
+.PHONY: bench test check format docs sandbox clean
 
 bench: $(BENCH_STAMP) sandbox
 	@$(BIN)/python run.py fetch --suite $(SUITE)
 	@$(BIN)/python run.py run --suite $(SUITE)
 
+# A file is one process's, as its tests share models; in the order of the tree, because the files with
+# the most tests are not those that take longest. All processes must collect the same tests: none may
+# order a set of strings otherwise.
 test: $(DEV_STAMP)
-	@$(BIN)/python -m pytest -q
+	@PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile \
+	  --no-loadscope-reorder
 
 check: $(DEV_STAMP)
 	@echo "ruff format"; $(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
@@ -30,6 +37,11 @@ check: $(DEV_STAMP)
 
 format: $(DEV_STAMP)
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+# The manual; without a warning, or not at all.
+docs: $(DEV_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/manual/index.html"
 
 # HumanEval runs generated code in bubblewrap where there is one; without it, a second kind of
 # sandbox takes over, so this may fail in silence.

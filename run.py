@@ -68,6 +68,9 @@ Budget = Annotated[
     str | None, typer.Option(help="Time that the run may take, 90s, 30m or 2h; then it stops.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never reach for the network.")]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="Where experiments run: local, ray or slurm.")
+]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugin", help="Python file that brings methods or tasks; may be repeated."),
@@ -100,6 +103,7 @@ def run(
     timeout: Timeout = None,
     budget: Budget = None,
     offline: Offline = False,
+    executor: ExecutorOption = "local",
     plugin: Plugins = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Look for numbers that were not earned.")
@@ -137,6 +141,7 @@ def run(
             timeout=timeout,
             budget=budget,
             offline=offline,
+            executor=executor,
         )
     )
 
@@ -155,13 +160,14 @@ def plan(
     store: Store = Request.store,
     fresh: Fresh = False,
     timeout: Timeout = None,
+    budget: Budget = None,
     offline: Offline = False,
+    executor: ExecutorOption = "local",
     plugin: Plugins = None,
     format: TableFormat = "table",
 ) -> None:
     """Say what `run` would do: what is measured, cached, skipped and why, and how long it takes."""
     from runner.plan import make_plan
-    from runner.progress import duration
     from runner.suites import make_request
 
     choose("--format", format, TABLE_FORMATS)
@@ -180,12 +186,14 @@ def plan(
             store=store,
             fresh=fresh,
             timeout=timeout,
+            budget=budget,
             offline=offline,
+            executor=executor,
         )
     )
     show_rows(made.describe(), format)
-    if format == "table" and made.estimate_seconds is not None:
-        typer.echo(f"about {duration(made.estimate_seconds)}")
+    if format == "table" and (told := made.outlook()):
+        typer.echo(told)
 
 
 @app.command("list")
@@ -234,7 +242,9 @@ def show(
 @app.command()
 def table(
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
-    run: Annotated[str, typer.Option(help="Id of a run, or latest.")] = "latest",
+    run: Annotated[
+        str, typer.Option(help="Id of a run, latest, or all: cells as they were last measured.")
+    ] = "latest",
     format: Annotated[
         str, typer.Option("--format", help="table, md, csv, latex, json or html.")
     ] = "table",
@@ -249,18 +259,19 @@ def table(
 
     choose("--format", format, ("table", *tables.FORMATS))
     index = index_of(store)
+    chosen = None if run == "all" else run
     with store_errors(2):
         if plot is not None:
             try:
-                count = plots.draw(index, plot, run, task or ())
+                count = plots.draw(index, plot, chosen, task or ())
             except (ValueError, plots.PlotUnavailable) as error:
                 raise UsageError(f"--plot: {error}") from error
             typer.echo(f"{plot}: curves of {count} {'table' if count == 1 else 'tables'}")
             return
         if format == "table":
-            output(tables.terminal(index, run, task or ()))
+            output(tables.terminal(index, chosen, task or ()))
         else:
-            typer.echo(tables.render(index, run, task or (), format).rstrip("\n"))
+            typer.echo(tables.render(index, chosen, task or (), format).rstrip("\n"))
 
 
 @app.command()
@@ -282,15 +293,132 @@ def sql(
 
 @app.command()
 def ingest(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Stores, or shards.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR|FILE…", help="Stores, shards, JSON of lm-eval or pytest-benchmark."
+        ),
+    ],
     store: Store = Request.store,
+    plugin: Plugins = None,
 ) -> None:
-    """Take in shards that were measured elsewhere."""
+    """Take in what was measured elsewhere, after checking all of it."""
     from runner.indexing import take_in, update_index
 
+    known = registry(plugin)
     with store_errors(1):
-        came = [each for folder in folders for each in take_in(folder, store)]
-        typer.echo(f"{len(came)} new experiments; index: {update_index(store, registry())}")
+        came = [each for source in sources for each in take_in(source, store, known)]
+        typer.echo(f"{len(came)} new experiments; index: {update_index(store, known)}")
+
+
+@app.command("lm-eval")
+def lm_eval(
+    task: Annotated[
+        list[str], typer.Option(help="Task, group or tag of lm-eval; may be repeated.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="Embedded name, hf:ID or path:FOLDER.")
+    ] = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="NAME[:key=value,…]; plain decoding if empty.")] = "",
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="YAML files of further tasks; their data are relative to it."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples; the task's own number if not given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampled texts.")] = 0,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the longest text; the model's limit.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Write requests as the model's conversations.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Keep answers to requests in this folder.")
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="auto, or a hardware profile's name.")] = "auto",
+    offline: Offline = False,
+    plugin: Annotated[Path | None, typer.Option(help="Python file that brings the method.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write lm-eval's results to this file.")] = None,
+    store: Store = Request.store,
+    format: TableFormat = "table",
+) -> None:
+    """Run tasks of lm-eval by lm-eval itself, our model and method answering."""
+    from results.import_lm_eval import take_in
+    from results.store import Store as Results
+    from runner import lm_eval_run
+    from runner.indexing import update_index
+
+    choose("--format", format, TABLE_FORMATS)
+    if offline:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    answering = lm_eval_run.make_model(
+        model=model,
+        method=method,
+        hardware=hardware,
+        seed=seed,
+        max_length=max_length,
+        offline=offline,
+        plugin="" if plugin is None else str(plugin),
+    )
+    found = lm_eval_run.evaluate(
+        answering,
+        task,
+        folder="" if folder is None else str(folder),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        chat_template=chat_template,
+        cache=cache,
+    )
+    if out is not None:
+        write_text(out, json.dumps(found, ensure_ascii=False))
+    with store_errors(1):
+        take_in(found, out or Path("lm-eval"), Results(store))
+        update_index(store, registry())
+    show_rows(lm_eval_run.rows(found), format)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Folder of the files; made if missing.")],
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="parquet, model-index, latex, csv, md, json or html; may be repeated.",
+        ),
+    ] = None,
+    run: Annotated[
+        str, typer.Option(help="Id of a run, latest, or all: cells as they were last measured.")
+    ] = "all",
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    store: Store = Request.store,
+    plugin: Plugins = None,
+) -> None:
+    """Write results for other programs: raw rows as Parquet, tables, metadata of model cards."""
+    from results import export as exporting
+
+    formats = format or ["parquet"]
+    for each in formats:
+        choose("--format", each, ("parquet", "model-index", *exporting.TABLE_ENDINGS))
+    if task and "parquet" in formats:
+        raise UsageError("--task chooses tables; Parquet holds every row: filter it, or use sql.")
+    index, chosen = index_of(store), None if run == "all" else run
+    written = []
+    with store_errors(2):
+        for each in formats:
+            if each == "parquet":
+                written += exporting.write_parquet(index, out, chosen)
+            elif each == "model-index":
+                from runner.model_index import write_cards
+
+                written += write_cards(index, out, registry(plugin), chosen, task or ())
+            else:
+                written.append(exporting.write_tables(index, out, each, chosen, task or ()))
+    for path, rows in written:
+        typer.echo(f"{path}: {rows}")
 
 
 @app.command()
@@ -404,6 +532,25 @@ def reproduce(
         typer.echo(claim_report.render(reports, format).rstrip("\n"))
     if not is_fine:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of the site; made if missing.")],
+    store: Store = Request.store,
+    plugin: Plugins = None,
+) -> None:
+    """Write the results as a static site: leaderboards, charts, papers, runs."""
+    from results.report.site import ReportError
+    from results.store import Store as Results
+    from runner.report import write_report
+
+    with store_errors(1):
+        try:
+            written = write_report(registry(plugin), Results(store), out)
+        except ReportError as error:
+            raise UsageError(str(error)) from error
+    typer.echo(f"{written.page}: {written.num_cells} results on {written.num_pages} pages")
 
 
 @app.command()
@@ -542,6 +689,21 @@ def conformance(
 
 
 @app.command(hidden=True)
+def experiment(
+    job: Annotated[Path, typer.Option(help="Job of a fleet's run.")],
+    deliver: Annotated[Path, typer.Option(help="Folder to make of what came of it.")],
+) -> None:
+    """Measure one experiment that was planned elsewhere; `run --executor` has it started."""
+    from runner.executors import node
+
+    with store_errors(1):
+        try:
+            node.main(job, deliver)
+        except (node.Refused, OSError) as error:
+            raise typer.TyperException(str(error)) from error
+
+
+@app.command(hidden=True)
 def worker(
     spec: Annotated[Path, typer.Option(help="Experiment to measure, as the runner wrote it.")],
     events: Annotated[int | None, typer.Option(help="File descriptor for progress.")] = None,
@@ -572,6 +734,8 @@ def measure(request: Request) -> None:
             "{method} on {task} with {model}: {reason}".format(**each) for each in made.skipped
         ]
         raise UsageError("\n".join(["nothing of this can be measured:", *reasons]))
+    if request.budget is not None and (told := made.outlook()):
+        typer.echo(told, err=True)
     with store_errors(1):
         with progress(console()) as listener:
             outcome = execute(made, listener)

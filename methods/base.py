@@ -129,9 +129,10 @@ class Check:
             over method), `decode_speedup` (the same of a token after the prefill, without it),
             `tokens_per_forward`, `acceptance_rate` (accepted over drafted tokens), `work`
             (operations of an output token), `memory` (peak bytes), each method over rival;
-            `quality` (headline metric, method less rival); `note`, a count that methods leave in
+            `quality` (`metric`, method less rival); `note`, a count that methods leave in
             their notes, method over rival; or `computed`, which compares `quantity / per * times`
             with the claim's number and depends on no scale.
+        metric: For `quality`, which metric of the task; empty for its headline.
         direction: On which side of "no difference" the claim puts it; `no-loss` is not worse by
             more than the margin of the experiment.
         params: Settings that the method's cell must have; others may have any value.
@@ -154,6 +155,7 @@ class Check:
     """
 
     measure: Measure
+    metric: str = ""
     direction: Direction = "above"
     params: Mapping[str, Setting] = field(default_factory=dict)
     rival: str = ""

@@ -203,6 +203,11 @@ def _check(claim: Claim, check: Check, place: str) -> None:
             f"{place}: quantity names what is counted; it belongs to measure = 'computed' or "
             "'note' and to no other."
         )
+    if check.metric and check.measure != "quality":
+        raise CardError(
+            f"{place}: metric names what quality is; it belongs to measure = 'quality' and to no "
+            "other."
+        )
     if not is_computed and (check.per or check.times != 1):
         raise CardError(f"{place}: per and times belong to measure = 'computed'.")
     if is_computed and (check.rival or check.rival_params or check.direction != "above"):

@@ -43,6 +43,7 @@ from models.detector_format import (
     GrammarMask,
     Parsed,
     Piece,
+    Writing,
     dequantise,
     parse,
     parse_keypoints,
@@ -138,12 +139,15 @@ class DetectionPlan:
         repetition_penalty: What the logits of tokens that stand in the prompt or the answer are
             divided by where they are positive, and multiplied with where they are negative; 1 does
             nothing. As in CTRL (arXiv 1909.05858), section 4.1.
+        writing: How the answer has its coordinates; the model must have learned it. In `digits`
+            there is no grammar mask and there are no key points.
     """
 
     phrases_per_request: int | None = 1
     scores: bool = True
     constrained: bool = False
     repetition_penalty: float = 1.0
+    writing: Writing = "tokens"
 
 
 class CoordinateDetector(OnDevice):
@@ -241,6 +245,8 @@ class CoordinateDetector(OnDevice):
             )
         if output == "keypoint" and plan.constrained:
             raise Unsupported("the grammar mask knows boxes, points and polygons, no key points.")
+        if plan.writing == "digits" and (output == "keypoint" or plan.constrained):
+            raise Unsupported("digits have no key points and no grammar mask.")
         if (output == "keypoint") != bool(keypoints):
             raise ValueError("names of key points belong to the output 'keypoint' and to no other.")
         asked = [phrase_text(phrase) for phrase in phrases]
@@ -259,7 +265,9 @@ class CoordinateDetector(OnDevice):
                     self.grammar, some, _COORDINATES[output], decoding.max_new_tokens
                 )
             answer, sure = self._ask(image, text, decoding, plan, mask)
-            parts.append(self._read(answer, sure, some, output, image.shape, keypoints))
+            parts.append(
+                self._read(answer, sure, some, output, image.shape, keypoints, plan.writing)
+            )
         found = _joined(parts)
         instances = [each for phrase in found.found for each in phrase]
         found.trace.notes |= {
@@ -356,6 +364,7 @@ class CoordinateDetector(OnDevice):
         output: DetectionOutput,
         shape: Sequence[int],
         keypoints: Sequence[str],
+        writing: Writing,
     ) -> Detections:
         found: list[list[Instance]] = [[] for _ in asked]
         places = {self._as_answered(phrase): place for place, phrase in enumerate(asked)}
@@ -385,7 +394,7 @@ class CoordinateDetector(OnDevice):
             if not poses.complete:
                 errors.append("the answer has no end")
             return self._detections(answer, found, errors)
-        parsed = parse(answer.token_ids, self.grammar, _COORDINATES[output])
+        parsed = parse(answer.token_ids, self.grammar, _COORDINATES[output], writing)
         errors = _all_errors(parsed)
         missing = dict(places)
         for name, pieces in parsed.found:

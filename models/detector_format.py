@@ -8,9 +8,14 @@ for each name, joined by commas; B is four coordinate tokens for a box, two for 
 each corner of a polygon, without anything between them, and the word None stands for no instance.
 Key points come as JSON with the same tokens.
 
+Models without such tokens write numbers as text, `[12, 40, 200, 280]`, many tokens for the same
+four: `parse` reads these with `digits`, from the same markers.
+
 Source: Rex-Omni, arXiv 2510.12798, section 3; IDEA-Research/Rex-Omni at 478e44f, `parser.py`.
-Differs from that parser: what breaks the grammar is counted and named, not skipped in silence; the
-corners of a box are put in order; the instances that are whole are kept from cut JSON too.
+Digits: Shikra, arXiv 2306.15195, section 3.2.
+Differs from Rex-Omni's parser: what breaks the grammar is counted and named, not skipped in
+silence; the corners of a box are put in order; the instances that are whole are kept from cut JSON
+too.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Rounding = Literal["floor", "round"]
+Writing = Literal["tokens", "digits"]
 
 BOX, POINT = 4, 2
 # A polygon has three corners at least.
@@ -117,13 +123,19 @@ def fits(count: int, coordinates: int | None) -> bool:
     return count == coordinates
 
 
-def parse(ids: Sequence[int], grammar: Grammar, coordinates: int | None) -> Parsed:
+def parse(
+    ids: Sequence[int],
+    grammar: Grammar,
+    coordinates: int | None,
+    writing: Writing = "tokens",
+) -> Parsed:
     """Read an answer.
 
     Args:
         ids: Tokens of the answer, with or without the one that ends it.
         grammar: What they mean.
         coordinates: Of one instance; None for a polygon.
+        writing: Whether a coordinate is a token of its own, or a number in digits.
 
     Returns:
         What is well-formed, and what is not. An answer that was cut short keeps the instances that
@@ -142,12 +154,17 @@ def parse(ids: Sequence[int], grammar: Grammar, coordinates: int | None) -> Pars
             if text.strip() not in ("", ",") or (text.strip() and not parsed.found):
                 parsed.errors.append(f"{text.strip()[:40]!r} stands outside of the grammar")
             continue
-        place = _read_block(ids, place, grammar, coordinates, parsed)
+        place = _read_block(ids, place, grammar, coordinates, parsed, _READERS[writing])
     return parsed
 
 
 def _read_block(
-    ids: list[int], place: int, grammar: Grammar, coordinates: int | None, parsed: Parsed
+    ids: list[int],
+    place: int,
+    grammar: Grammar,
+    coordinates: int | None,
+    parsed: Parsed,
+    read: _Reader,
 ) -> int:
     """Read a name and its instances; return the place behind them."""
     end = place + 1
@@ -158,9 +175,34 @@ def _read_block(
     if ids[end : end + 2] != [grammar.name_end, grammar.box_start]:
         parsed.errors.append(f"the name {name[:40]!r} is not followed by instances")
         return end + (ids[end : end + 1] == [grammar.name_end])
-    pieces: list[Piece] = []
+    first = place = end + 2
+    while place < len(ids) and ids[place] not in grammar.markers:
+        place += 1
+    pieces, wrong = read(ids, range(first, place), grammar, coordinates)
     parsed.found.append(Named(name, pieces))
-    place = first = end + 2
+    wanted = "an even number of 6 or more" if coordinates is None else str(coordinates)
+    parsed.errors += [f"{what} for {name[:40]!r} where {wanted} are wanted" for what in wrong]
+    if place < len(ids) and ids[place] == grammar.box_end:
+        return place + 1
+    if place < len(ids):
+        parsed.errors.append(f"the instances of {name[:40]!r} have no end")
+        # A new name may begin here; any other marker is swallowed.
+        return place if ids[place] == grammar.name_start else place + 1
+    return place
+
+
+# Ids, the places of a block's content, the grammar and the coordinates of an instance to the
+# instances and what is no instance.
+_Reader = Callable[[list[int], range, Grammar, int | None], tuple[list[Piece], list[str]]]
+
+
+def _read_tokens(
+    ids: list[int], places: range, grammar: Grammar, coordinates: int | None
+) -> tuple[list[Piece], list[str]]:
+    """Read instances whose coordinates are tokens, separated by commas."""
+    pieces: list[Piece] = []
+    wrong: list[str] = []
+    first = places.start
     run: list[int] = []
     strange: list[int] = []
 
@@ -170,11 +212,9 @@ def _read_block(
         if run and fits(len(run), coordinates) and not said:
             pieces.append(Piece(tuple(run), first, after))
         elif run or said not in ("", NONE_WORD):
-            wanted = "an even number of 6 or more" if coordinates is None else str(coordinates)
-            what = f"{len(run)} coordinates" + (f" and {said[:40]!r}" if said else "")
-            parsed.errors.append(f"{what} for {name[:40]!r} where {wanted} are wanted")
+            wrong.append(f"{len(run)} coordinates" + (f" and {said[:40]!r}" if said else ""))
 
-    while place < len(ids) and ids[place] not in grammar.markers:
+    for place in places:
         token = ids[place]
         if token in grammar.coordinates:
             run.append(grammar.coordinates[token])
@@ -185,15 +225,46 @@ def _read_block(
             strange.append(token)
         elif not run:
             first = place + 1  # a space in front belongs to no instance
-        place += 1
-    close(place)
-    if place < len(ids) and ids[place] == grammar.box_end:
-        return place + 1
-    if place < len(ids):
-        parsed.errors.append(f"the instances of {name[:40]!r} have no end")
-        # A new name may begin here; any other marker is swallowed.
-        return place if ids[place] == grammar.name_start else place + 1
-    return place
+    close(places.stop)
+    return pieces, wrong
+
+
+def _read_digits(
+    ids: list[int], places: range, grammar: Grammar, coordinates: int | None
+) -> tuple[list[Piece], list[str]]:
+    """Read instances whose coordinates are numbers in brackets, separated by commas."""
+    text, owners = "", list[int]()
+    words, told = list[int](), 0
+    for place in places:
+        if (token := ids[place]) in grammar.coordinates:
+            new = f"<{grammar.coordinates[token]}>"
+        else:
+            # A tokenizer may write a token otherwise at the beginning of a text.
+            words.append(token)
+            longer = grammar.spell(words)
+            new, told = "".join(longer[told:].split()), len(longer)
+        text, owners = text + new, owners + [place] * len(new)
+    pieces: list[Piece] = []
+    wrong: list[str] = []
+    if text == NONE_WORD:
+        return pieces, wrong
+    for part in _BRACKETED.finditer(text):
+        if part[1] is None:
+            if part[0].strip(","):
+                wrong.append(f"0 coordinates and {part[0][:40]!r}")
+            continue
+        bins = tuple(int(number) for number in part[1].split(","))
+        if not fits(len(bins), coordinates) or max(bins) >= len(grammar.coordinates):
+            wrong.append(f"{len(bins)} coordinates and {part[0][:40]!r}")
+            continue
+        pieces.append(Piece(bins, owners[part.start()], owners[part.end() - 1] + 1))
+    return pieces, wrong
+
+
+_NUMBERS = r"\d{1,9}(?:,\d{1,9})*"
+# Numbers in brackets, or anything up to the next such.
+_BRACKETED = re.compile(rf"\[({_NUMBERS})\]|(?:(?!\[{_NUMBERS}\]).)+", re.ASCII)
+_READERS: Mapping[Writing, _Reader] = {"tokens": _read_tokens, "digits": _read_digits}
 
 
 def _shown(ids: Sequence[int], grammar: Grammar) -> str:

@@ -27,6 +27,7 @@ from models.cache import cache_dir
 if TYPE_CHECKING:
     from models.base import (
         Detector,
+        ImageGenerator,
         MaskedDiffusionLM,
         TextEncoder,
         TextGenerator,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         | VisionLanguageModel
         | Detector
         | MaskedDiffusionLM
+        | ImageGenerator
     )
 
 _EMBEDDED = Path(__file__).parent / "embedded"
@@ -258,6 +260,10 @@ def load(
         from models.masked_diffusion import load_masked_diffusion
 
         return load_masked_diffusion(folder, model_id, settings, tokenizer_folder)
+    if capability == "ImageGenerator":
+        from models.image_loading import load_images
+
+        return load_images(folder, model_id, settings, _weights_file(model_id))
     raise Unsupported(f"no model here can be loaded as {capability}.")
 
 

@@ -56,6 +56,7 @@ _PLAIN = (
 )
 # What a `[claim.check]` table leaves out, as `methods.base.Check` has it.
 _CHECK_DEFAULTS: Mapping[str, Any] = {
+    "metric": "",
     "direction": "above",
     "params": {},
     "rival": "",
@@ -224,11 +225,11 @@ class Measurements:
 
     def estimate(self, check: Mapping[str, Any], cell: Cell) -> Estimate | None:
         """Return a check's measure with its interval; None where the samples lack something."""
-        measure, note = check["measure"], check["quantity"]
-        key = (measure, note, cell.experiment_id, cell.cell_id, cell.rival_id)
+        measure, note, metric = check["measure"], check["quantity"], check["metric"]
+        key = (measure, note, metric, cell.experiment_id, cell.cell_id, cell.rival_id)
         if key not in self._estimates:
             if measure in _DIFFERENCES:
-                found = self._quality(cell)
+                found = self._quality(cell, metric)
             elif measure == "note":
                 found = self._notes_ratio(note, cell)
             else:
@@ -337,15 +338,23 @@ class Measurements:
         # `speed_up` is the ratio of two such quotients with its paired interval.
         return statistics.speed_up(method, rival) if is_more else statistics.speed_up(rival, method)
 
-    def _quality(self, cell: Cell) -> Estimate | None:
-        """Return the difference of the headline metric, the sign turned so that more is better."""
+    def _quality(self, cell: Cell, wanted: str) -> Estimate | None:
+        """Return the difference of a metric, the sign turned so that more is better.
+
+        Args:
+            cell: The cell and its rival.
+            wanted: The metric; empty for the headline.
+        """
         found = self._rows(
             "SELECT metric, kind, unit, higher_is_better, difference, difference_low, "
             "difference_high, baseline = ? FROM metrics JOIN experiments USING (experiment_id) "
-            "WHERE experiment_id = ? AND cell_id = ? AND is_headline",
+            "WHERE experiment_id = ? AND cell_id = ? AND CASE WHEN ? = '' THEN is_headline "
+            "ELSE metric = ? END",
             cell.rival_id,
             cell.experiment_id,
             cell.cell_id,
+            wanted,
+            wanted,
         )
         if not found:
             return None
@@ -563,13 +572,16 @@ class _Judge:
         found = value / divisor * check["times"]
         is_met = _meets(found, expected, self.bound, check["tolerance"])
         what = check["quantity"] + (f" per {check['per']}" if check["per"] else "")
-        unit = str(self.claim.get("unit") or "")
+        # What the number means in terms of the quantity has not the number's unit.
+        is_meant = check["expected"] is not None
+        unit = "" if is_meant else str(self.claim.get("unit") or "")
+        meant = f", which means {text.number(expected, _DIGITS)}" if is_meant else ""
         scaled = "" if check["times"] == 1 else ", scaled to the claim's conditions,"
         return self._settled(
             "reproduced" if is_met else "not-reproduced",
             f"{what} of our implementation{scaled} gives {_with_unit(found, unit)}; claimed "
-            f"{self.claim.get('value') or text.number(expected, _DIGITS)}. This does not depend on "
-            "scale.",
+            f"{self.claim.get('value') or text.number(expected, _DIGITS)}{meant}. This does not "
+            "depend on scale.",
             scale="arithmetic",
             measure="computed",
             measured=found,
@@ -640,6 +652,7 @@ class _Judge:
 
     def _found(self, check: Mapping[str, Any], cell: Cell, estimate: Estimate) -> str:
         name = check["quantity"] if check["measure"] == "note" else check["measure"]
+        name = check["metric"] or name
         name = name.replace("_", " ").replace("speedup", "speed-up")
         against = f" against {check['rival']}" if check["rival"] else ""
         ends = ["" if end is None else text.number(end, 3) for end in (estimate.low, estimate.high)]

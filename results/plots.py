@@ -69,6 +69,11 @@ def _work(row: Row, baseline: Row) -> tuple[float, float, float] | None:
     return (share,) * 3 if share else None
 
 
+def _visual_tokens(row: Row, baseline: Row) -> tuple[float, float, float] | None:
+    mine, all_of_them = row["visual_tokens"], baseline["visual_tokens"]
+    return (mine / all_of_them,) * 3 if mine and all_of_them else None
+
+
 def _time(row: Row, baseline: Row) -> tuple[float, float, float] | None:
     if row is baseline:
         return (1.0, 1.0, 1.0)
@@ -83,6 +88,7 @@ def _time(row: Row, baseline: Row) -> tuple[float, float, float] | None:
 COSTS: Mapping[str, Cost] = MappingProxyType(
     {
         "forwards of the target a token": _forwards,
+        "visual tokens, mean over layers": _visual_tokens,
         "work (counted operations)": _work,
         "time": _time,
     }
@@ -158,8 +164,9 @@ def draw(
             "brings it."
         ) from error
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.2 * len(COSTS), 3.6 * len(drawn)), layout="constrained")
-        grid = figure.subplots(len(drawn), len(COSTS), squeeze=False)
+        columns = max(len(panels) for _, panels in drawn)
+        figure = Figure(figsize=(4.2 * columns, 3.6 * len(drawn)), layout="constrained")
+        grid = figure.subplots(len(drawn), columns, squeeze=False)
         for row, (table, panels) in zip(grid, drawn, strict=True):
             names = list(dict.fromkeys(row["method"] for row in table.data))
             for axes, (name, lines) in zip(row, panels.items(), strict=False):

@@ -6,7 +6,7 @@ from typing import Final
 
 # Raised whenever tables change or the same samples would give other numbers; older indexes are
 # then rebuilt from the shards.
-INDEX_VERSION: Final = 5
+INDEX_VERSION: Final = 7
 
 TABLES: Final[dict[str, dict[str, str]]] = {
     "index_info": {"version": "BIGINT"},
@@ -277,7 +277,10 @@ SELECT
     v.decode_verdict, v.decode_bound,
     v.prefill_ratio_low, v.prefill_ratio_high, v.decode_speedup_low_99, v.decode_speedup_high_99,
     coalesce(e.facts ->> 'speed_of', 'call') AS speed_of,
-    coalesce(e.facts ->> 'bound_by', 'step-cost') AS bound_by
+    coalesce(e.facts ->> 'bound_by', 'step-cost') AS bound_by,
+    (c.notes ->> 'mean_visual_tokens')::DOUBLE AS visual_tokens,
+    -- Who scored, where that was not us: `lm-eval 0.4.13`.
+    e.facts ->> 'scorer' AS scorer
 FROM cells c
 JOIN experiments e USING (experiment_id)
 LEFT JOIN verdicts v USING (experiment_id, cell_id)
@@ -320,6 +323,48 @@ WHERE k.evidence_kept > s.evidence_kept AND k.score > s.score
 GROUP BY ALL
 """
 
+# For each `reference` and each other method: of the items that the baseline answers and the
+# reference does not, how many the method answers, with Wilson's interval. Results on equal items,
+# prompts and weights count together, an item as it was last measured, wherever that was. An output
+# that could not be scored is no answer.
+WHERE_WRONG: Final = """
+CREATE VIEW where_wrong AS
+WITH graded AS (
+    SELECT
+        e.task, e.task_params, e.model, e.model_params, e.task_hash, e.model_hash,
+        c.method, c.spec, s.item_id,
+        bool_or(c.cell_id = e.baseline) AS is_baseline,
+        arg_max(coalesce(s.score, 0) = 1, (e.created, e.experiment_id)) AS is_right
+    FROM samples s
+    JOIN cells c USING (experiment_id, cell_id)
+    JOIN experiments e USING (experiment_id)
+    JOIN metrics m USING (experiment_id, cell_id)
+    WHERE s.repeat = 0 AND c.status = 'ok' AND m.is_headline AND m.kind = 'binary'
+    GROUP BY ALL
+), answerable AS (
+    SELECT task_hash, model_hash, model_params, item_id
+    FROM graded WHERE is_baseline GROUP BY ALL HAVING bool_and(is_right)
+), counted AS (
+    SELECT
+        o.task, o.task_params, o.model, o.model_params, task_hash, model_hash,
+        r.spec AS reference, o.method, o.spec,
+        count(*) AS items, count(*) FILTER (o.is_right) AS solved
+    FROM graded r
+    JOIN answerable a USING (task_hash, model_hash, model_params, item_id)
+    JOIN graded o USING (task_hash, model_hash, model_params, item_id)
+    WHERE NOT r.is_right AND NOT r.is_baseline AND NOT o.is_baseline AND o.spec <> r.spec
+    GROUP BY ALL
+), ends AS (
+    SELECT *, solved / items AS share, 1.959963984540054 AS z,
+        (solved + z * z / 2) / (items + z * z) AS centre,
+        z / (items + z * z) * sqrt(solved * (1 - solved / items) + z * z / 4) AS half
+    FROM counted
+)
+SELECT * EXCLUDE (z, centre, half),
+    if(solved = 0, 0, centre - half) AS low, if(solved = items, 1, centre + half) AS high
+FROM ends
+"""
+
 
 def statements() -> list[str]:
     """Return the SQL that creates an empty index."""
@@ -328,4 +373,4 @@ def statements() -> list[str]:
         for table, columns in TABLES.items()
     ]
     version = f"INSERT INTO index_info VALUES ({INDEX_VERSION})"
-    return [*tables, version, COMPARISON, DROPPED_EVIDENCE]
+    return [*tables, version, COMPARISON, DROPPED_EVIDENCE, WHERE_WRONG]

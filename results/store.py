@@ -18,6 +18,7 @@ import types
 import typing
 import zlib
 from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -394,21 +395,27 @@ class Store:
     def finished_cells(self, statuses: Collection[str] = ("ok",)) -> dict[str, str]:
         """Return the experiment of every cell that ended with one of the statuses.
 
-        A cell that was measured in several experiments is found in the newest of them. Damaged
-        files are passed over here: such a cell is simply not finished.
+        A cell that was measured in several experiments is found in that of the newest run, whose
+        start the planner's clock gave: machines that measure for it may have other ideas of time.
+        Damaged files are passed over here: such a cell is simply not finished.
         """
-        newest: dict[str, tuple[str, str]] = {}
+        started = {}
+        for run_id in self.run_ids():
+            with suppress(StoreError):
+                started[run_id] = self.run(run_id).started
+        newest: dict[str, tuple[str, str, str]] = {}
         for experiment_id in self.experiment_ids():
             try:
-                created = self.experiment(experiment_id).created
+                experiment = self.experiment(experiment_id)
                 cells = list(self.cells(experiment_id))
             except StoreError:
                 continue
             for cell in cells:
-                candidate = (created, experiment_id)
-                if cell.status in statuses and candidate > newest.get(cell.cell_id, ("", "")):
+                created = experiment.created
+                candidate = (started.get(experiment.run_id, created), created, experiment_id)
+                if cell.status in statuses and candidate > newest.get(cell.cell_id, ("", "", "")):
                     newest[cell.cell_id] = candidate
-        return {cell_id: experiment_id for cell_id, (_, experiment_id) in newest.items()}
+        return {cell_id: experiment_id for cell_id, (*_, experiment_id) in newest.items()}
 
     def content_sha256(self, experiment_id: str) -> str:
         """Return a hash that changes with the shard: of its manifest, or of all that may grow."""

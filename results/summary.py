@@ -79,8 +79,14 @@ class _Cell:
 
     @property
     def measured(self) -> NDArray[np.bool_]:
-        """Which (item, repeat) were measured."""
-        return ~np.isnan(self.numbers["seconds"])
+        """Which (item, repeat) were measured; what somebody else measured may have no time."""
+        return np.asarray(self.digests != "")
+
+    @property
+    def timed_items(self) -> NDArray[np.bool_]:
+        """Which items were measured at least once, and every time by a clock."""
+        lacks_time = self.measured & np.isnan(self.numbers["seconds"])
+        return self.measured_items & ~lacks_time.any(axis=1)
 
     @property
     def measured_items(self) -> NDArray[np.bool_]:
@@ -111,6 +117,7 @@ def summarize(
         StoreError: A sample names an item or a repeat that the experiment does not have, or a
             corpus metric was resampled otherwise than by `statistics.corpus_draws`.
     """
+    experiment = _in_order(experiment)
     ended_well = {cell.cell_id for cell in cells if cell.status == "ok"}
     data = _by_cell(experiment, ended_well, samples, scores, corpus)
     baseline = data.get(experiment.baseline)
@@ -146,17 +153,30 @@ def paired_totals(
         The totals of each cell, all with the same items in the same order; empty if a cell has no
         samples or they share no item.
     """
+    experiment = _in_order(experiment)
     nothing = pa.table({name: [] for name in ("cell_id", "item_id", "metric", "value")})
     found = _by_cell(experiment, set(cell_ids), samples, nothing)
     if any(cell_id not in found for cell_id in cell_ids):
         return {}
-    paired = np.logical_and.reduce([found[cell_id].measured_items for cell_id in cell_ids])
+    paired = np.logical_and.reduce([found[cell_id].timed_items for cell_id in cell_ids])
     if not paired.any():
         return {}
     per_sample = experiment.facts.get("output_unit", "token") != "token"
     return {
         cell_id: _totals(found[cell_id].on(paired), "seconds", per_sample) for cell_id in cell_ids
     }
+
+
+def _in_order(experiment: ExperimentRecord) -> ExperimentRecord:
+    """Return the experiment with its items in the order of their ids.
+
+    Resamples draw places, so an interval belongs to an order: tables, claims and comparisons, which
+    find the samples in different places, have this one in common.
+    """
+    pairs = sorted(zip(experiment.items, experiment.groups, strict=True))
+    return replace(
+        experiment, items=[item for item, _ in pairs], groups=[group for _, group in pairs]
+    )
 
 
 def _by_cell(
@@ -274,7 +294,7 @@ def _compared_numbers(
 
     The baseline's own are 1, without verdict.
     """
-    paired = cell.measured_items & baseline.measured_items
+    paired = cell.timed_items & baseline.timed_items
     if not paired.any():
         return {}
     cell, baseline = cell.on(paired), baseline.on(paired)
@@ -383,11 +403,14 @@ def _speed_bound(
 ) -> float | None:
     """Return the largest speed-up that the counted forwards allow at their measured cost.
 
-    Each side pays the baseline's prefill and its own forwards at lat(width, context), in the first
-    repeat of every item, and nothing else. Where forwards are charged by their bytes, a byte takes
-    what it took the baseline: beside a measured prefill, bytes at the full bandwidth would weigh
-    too little, and the ratio would bound nothing.
+    Where calls are charged by their operations it is the ratio of these, encoder, selector and
+    projector included. Otherwise each side pays the baseline's prefill and its own forwards at
+    lat(width, context), in the first repeat of every item, and nothing else. Where forwards are
+    charged by their bytes, a byte takes what it took the baseline: beside a measured prefill, bytes
+    at the full bandwidth would weigh too little, and the ratio would bound nothing.
     """
+    if experiment.facts.get("bound_by") == "operations":
+        return _ratio(_work(baseline, per_sample), _work(cell, per_sample))
     prefill = baseline.numbers["prefill_seconds"]
     if np.isnan(prefill).all(axis=1).any():
         return None

@@ -93,7 +93,7 @@ def comparison_tables(
         StoreError: There is no index, no such run, or no such task in it.
     """
     with connect(index_path) as connection:
-        run_id = _run_id(connection, run)
+        run_id = run_id_of(connection, run)
         cursor = connection.execute(_QUERY, {"run": run_id})
         names = [column[0] for column in cursor.description]
         rows = [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
@@ -227,7 +227,12 @@ def connect(index_path: Path) -> duckdb.DuckDBPyConnection:
 _NOTHING = "No results."
 
 
-def _run_id(connection: duckdb.DuckDBPyConnection, run: str | None) -> str | None:
+def run_id_of(connection: duckdb.DuckDBPyConnection, run: str | None) -> str | None:
+    """Return the id of a run that is named by it or as `latest`; None for None.
+
+    Raises:
+        StoreError: There is no such run.
+    """
     if run is None:
         return None
     known = [
@@ -427,6 +432,8 @@ def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
     sandboxes = _spread(row["sandbox"] for row in rows if row["sandbox"])
     if sandboxes:
         notes.append(f"Sandbox: {sandboxes}.")
+    if scorer := _spread(row["scorer"] for row in rows):
+        notes.append(f"Scored by {scorer}.")
     for label, row in zip(labels, rows, strict=True):
         if row["status"] != "ok":
             notes.append(f"{label}: {row['status']}: {row['error'] or 'no reason given'}")
@@ -529,7 +536,7 @@ def _latex_row(cells: Sequence[str]) -> str:
     return " & ".join(text.latex(cell) for cell in cells) + " \\\\"
 
 
-_CSV_NUMBERS: Mapping[str, Callable[[Row, str], str]] = {
+_WRITERS: Mapping[str, Callable[[Row, str], str]] = {
     **dict.fromkeys(
         (
             "speedup",
@@ -566,6 +573,15 @@ _CSV_NUMBERS: Mapping[str, Callable[[Row, str], str]] = {
         ("seconds_per_item", "tokens_per_second"), lambda row, name: text.number(row[name])
     ),
 }
+
+
+def shown(row: Row, column: str) -> str:
+    """Return a column of the view as every table writes it; "" where there is nothing."""
+    if column in _WRITERS:
+        return _WRITERS[column](row, column)
+    return "" if row[column] is None else text.plain(str(row[column]))
+
+
 _CSV_COLUMNS = (
     *("run_id", "task", "model", "hardware", "scenario", "seed", "scale"),
     *("method", "params", "family", "role", "status", "error"),
@@ -574,7 +590,7 @@ _CSV_COLUMNS = (
     *("speedup", "speedup_low", "speedup_high", "speed_verdict", "speedup_bound"),
     *("speedup_geomean", "bound_ratio", "seconds_per_item", "tokens_per_second"),
     *("tokens_per_forward", "work_ratio", "memory_ratio", "output_check", "items", "repeats"),
-    *("audit", "scorers", "quality_spread", "disputed_items"),
+    *("audit", "scorer", "scorers", "quality_spread", "disputed_items"),
     *("prefill_ratio", "decode_speedup", "decode_speedup_low", "decode_speedup_high"),
     *("decode_verdict", "decode_bound"),
 )
@@ -587,12 +603,7 @@ def _csv(tables: Sequence[Table]) -> str:
     writer.writerow(_CSV_COLUMNS)
     for table in tables:
         for row in table.data:
-            writer.writerow(
-                _CSV_NUMBERS[name](row, name)
-                if name in _CSV_NUMBERS
-                else text.plain("" if row[name] is None else str(row[name]))
-                for name in _CSV_COLUMNS
-            )
+            writer.writerow(shown(row, name) for name in _CSV_COLUMNS)
     return written.getvalue()
 
 

@@ -21,7 +21,7 @@ from models.base import Decoding, Generation, TextGenerator
 from models.constraints import ConstrainedDecoding
 from models.stopping import Stopper
 from results.records import SampleRecord
-from runner.certificate import Asked, difference
+from runner.certificate import Asked, AskedImages, difference
 
 # Items that are run again, timed and untimed.
 NUM_ITEMS = 8
@@ -133,7 +133,7 @@ def settle(
     baseline: Sequence[SampleRecord],
     *,
     model: TextGenerator,
-    questions: Mapping[str, Asked | None],
+    questions: Mapping[str, Asked | AskedImages | None],
     keeps_state: bool,
     is_baseline: bool,
 ) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _outputs(
     again: Sequence[Again],
     first: Mapping[str, SampleRecord],
     model: TextGenerator,
-    questions: Mapping[str, Asked | None],
+    questions: Mapping[str, Asked | AskedImages | None],
 ) -> Verdict:
     """Compare outputs with those of the timed run."""
     ties = 0

@@ -34,6 +34,7 @@ CONVENTIONS: Mapping[str, Conventions] = {
     ),
     "VisionLanguageModel": Conventions(baseline="full-tokens", output_unit="answer"),
     "Detector": Conventions(baseline="detect", output_unit="image"),
+    "ImageGenerator": Conventions(baseline="raster", output_unit="image", has_steps=True),
 }
 
 

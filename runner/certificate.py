@@ -23,9 +23,17 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 
-from models.base import Decoding, Generation, Session, TextGenerator
+from models.base import (
+    AutoregressiveImageModel,
+    Condition,
+    Decoding,
+    GeneratedImages,
+    Generation,
+    ImageSampling,
+    Session,
+    TextGenerator,
+)
 from tasks.base import Item, Task
 
 # Largest gap that rounding explains, by the dtype that the model runs in.
@@ -35,6 +43,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 # A sampled cell fails if one of its tests is less likely than this by chance.
 DISTRIBUTION_LEVEL = 1e-3
 _SIGN_FLIPS = 40_000
+_IMPOSSIBLE = 1e-12
 
 
 class Asked(NamedTuple):
@@ -42,6 +51,13 @@ class Asked(NamedTuple):
 
     prompt_ids: list[int]
     decoding: Decoding
+
+
+class AskedImages(NamedTuple):
+    """What images a task asks a model for, and how."""
+
+    conditions: tuple[Condition, ...]
+    sampling: ImageSampling
 
 
 class Centred(NamedTuple):
@@ -57,9 +73,25 @@ class Centred(NamedTuple):
 
 
 class _Captured(Exception):  # a signal, no error
-    def __init__(self, asked: Asked | None) -> None:
+    def __init__(self, asked: Asked | AskedImages | None) -> None:
         super().__init__()
         self.asked = asked
+
+
+class _ImageProbe:
+    """Looks like an image generator and hands out what it is asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self.name = model.name
+        self.facts = model.facts
+
+    def generate(
+        self, conditions: Sequence[Condition], seeds: Sequence[int], sampling: ImageSampling
+    ) -> GeneratedImages:
+        raise _Captured(AskedImages(tuple(conditions), sampling))
+
+    def synchronize(self) -> None:
+        """Nothing is running."""
 
 
 class _Probe:
@@ -80,15 +112,16 @@ class _Probe:
         """Nothing is running."""
 
 
-def asked(task: Task[Any], model: TextGenerator, item: Item) -> Asked | None:
-    """Return what a task asks a model to continue for an item.
+def asked(task: Task[Any], model: Any, item: Item) -> Asked | AskedImages | None:
+    """Return what a task asks a model to continue, or to make, for an item.
 
-    None where it asks for no continuation: it feeds a text of its own, or runs another capability.
+    None where it asks for neither: it feeds a text of its own, or runs another capability.
     """
-    if task.capability != "TextGenerator":
+    probes = {"TextGenerator": _Probe, "ImageGenerator": _ImageProbe}
+    if task.capability not in probes:
         return None
     try:
-        task.call(_Probe(model), item)
+        task.call(probes[task.capability](model), item)
     except _Captured as captured:
         return captured.asked
     raise ValueError(f"task {type(task).__name__} did not call generate for item {item.id!r}.")
@@ -105,20 +138,24 @@ def output_digest(token_ids: Sequence[int], text: str) -> str:
 
 def difference(
     model: Any,
-    question: Asked | None,
+    question: Asked | AskedImages | None,
     baseline: Sequence[int],
     method: Sequence[int],
 ) -> dict[str, Any] | None:
     """Compare two outputs, those without a prompt or without tokens included; see `divergence`.
+
+    The tokens of several images stand one image after the other.
 
     Args:
         model: Judges where texts differ.
         question: What was to be continued; None where nothing was, and no tie can be told.
         baseline, method: Their tokens.
     """
-    # A model without sessions cannot be asked for the logits behind a text.
-    if question is not None and baseline and method and isinstance(model, TextGenerator):
+    # A model without sessions cannot be asked for the logits behind an output.
+    if isinstance(question, Asked) and baseline and method and isinstance(model, TextGenerator):
         return divergence(model, question.prompt_ids, baseline, method)
+    if isinstance(question, AskedImages) and isinstance(model, AutoregressiveImageModel):
+        return _image_divergence(model, question, baseline, method)
     return {
         "position": 0,
         "token": None,
@@ -142,28 +179,60 @@ def divergence(
         the two tokens' logits; None where one text has ended) and the `verdict`, `tie` or
         `violation`.
     """
-    if list(baseline_ids) == list(method_ids):
+    shared = _first_difference(baseline_ids, method_ids)
+    if shared is None:
         return None
-    shared = next(
-        (
-            position
-            for position, (ours, theirs) in enumerate(zip(baseline_ids, method_ids, strict=False))
-            if ours != theirs
-        ),
-        min(len(baseline_ids), len(method_ids)),
-    )
     token = method_ids[shared] if shared < len(method_ids) else None
     baseline_token = baseline_ids[shared] if shared < len(baseline_ids) else None
-    gap = None
+    logits = None
     if token is not None and baseline_token is not None:
         context = [*prompt_ids, *baseline_ids[:shared]]
         logits = model.session(len(context)).prefill(context)[-1].to(torch.float32)
-        if 0 <= token < len(logits):
-            gap = float(logits.max() - min(logits[token], logits[baseline_token]))
+    return _verdict(shared, token, baseline_token, logits, model.facts.dtype)
+
+
+def _image_divergence(
+    model: AutoregressiveImageModel,
+    question: AskedImages,
+    baseline: Sequence[int],
+    method: Sequence[int],
+) -> dict[str, Any] | None:
+    """Compare the images of one item; as `divergence`, with the logits after guidance."""
+    from models.image_generation import read_logits
+
+    shared = _first_difference(baseline, method)
+    if shared is None:
+        return None
+    if len(baseline) != len(method):
+        return _verdict(shared, None, None, None, model.facts.dtype)
+    row, place = divmod(shared, model.facts.image_tokens)
+    first = row * model.facts.image_tokens
+    image = torch.tensor([baseline[first : first + model.facts.image_tokens]])
+    condition = question.conditions[row : row + 1]
+    logits = read_logits(model, condition, image, question.sampling)[0, place]
+    return _verdict(shared, method[shared], baseline[shared], logits, model.facts.dtype)
+
+
+def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """Return the first place where two lists differ, the end of the shorter one if nowhere else."""
+    if list(first) == list(second):
+        return None
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    return next((place for place, (one, other) in pairs if one != other), shorter)
+
+
+def _verdict(
+    position: int, token: int | None, baseline_token: int | None, logits: Any, dtype: str
+) -> dict[str, Any]:
+    """Return a difference with its gap, if there are logits (vocab,) to tell it by."""
+    gap = None
+    if logits is not None and token is not None and 0 <= token < len(logits):
+        gap = float(logits.max() - min(logits[token], logits[baseline_token]))
     # A text that stops elsewhere, or an id out of range, has no gap and is no tie.
-    is_tie = gap is not None and gap <= TOLERANCE.get(model.facts.dtype, 0.0)
+    is_tie = gap is not None and gap <= TOLERANCE.get(dtype, 0.0)
     return {
-        "position": shared,
+        "position": position,
         "token": token,
         "baseline_token": baseline_token,
         "top2_gap": gap,
@@ -195,9 +264,35 @@ def centred(
     text = [*prompt_ids, *output_ids[:-1]]
     logits = model.session(len(text)).prefill(text, all_logits=True)[-len(output_ids) :]
     log_probabilities = torch.log_softmax(logits.float() / temperature, dim=-1).double()
+    return _sums(log_probabilities, torch.tensor(output_ids, device=logits.device))
+
+
+def centred_images(
+    model: AutoregressiveImageModel, question: AskedImages, output_ids: Sequence[int]
+) -> Centred:
+    """Read an item's images once more and return their centred sums; see `centred`."""
+    from models.image_generation import read_tokens
+
+    tokens = torch.tensor(output_ids, device=model.device)
+    images = tokens.reshape(-1, model.facts.image_tokens)
+    laws = read_tokens(model, question.conditions, images, question.sampling)
+    # A token that cannot be drawn (outside top-k) is as good as impossible, but finite.
+    log_probabilities = laws.flatten(0, 1).double().clamp_min(_IMPOSSIBLE).log()
+    return _sums(log_probabilities, tokens)
+
+
+def reading(model: Any, question: Asked | AskedImages, output_ids: Sequence[int]) -> Centred:
+    """Read a sampled output of either kind once more and return its centred sums."""
+    if isinstance(question, AskedImages):
+        return centred_images(model, question, output_ids)
+    return centred(model, question.prompt_ids, output_ids, question.decoding.temperature)
+
+
+def _sums(log_probabilities: torch.Tensor, token_ids: torch.Tensor) -> Centred:
+    """Return the centred sums of tokens (tokens,) by their laws, (tokens, vocab)."""
     probabilities = log_probabilities.exp()
     entropy = -(probabilities * log_probabilities).nan_to_num(0.0).sum(dim=-1)
-    tokens = torch.tensor(output_ids, device=logits.device)[:, None]
+    tokens = token_ids[:, None]
     best, place = probabilities.max(dim=-1)
     return Centred(
         surprise=float((-log_probabilities.gather(1, tokens)[:, 0] - entropy).sum()),
@@ -219,6 +314,9 @@ def distribution_test(
         `items`, `surprise_difference` and `likeliest_difference` (means, method less baseline), and
         `p`, the smaller of both two-sided p-values times two.
     """
+    # A second of every worker's start, and only sampled texts need it.
+    from scipy import stats
+
     differences = np.asarray(method, dtype=float) - np.asarray(baseline, dtype=float)
     found: dict[str, float | int] = {"items": len(differences)}
     smallest = 1.0

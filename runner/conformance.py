@@ -36,6 +36,7 @@ from runner.conformance_base import (
     snapshot,
 )
 from runner.conformance_calls import CallBattery
+from runner.conformance_image_battery import ImageBattery
 from runner.registry import Registry
 
 # Tokens of each text, and texts that a sampled distribution is judged by.
@@ -83,6 +84,8 @@ def check_method(
 def _battery(method: Method[Any], model: Any) -> _TextBattery | CallBattery:
     if method.capability == "TextGenerator":
         return _TextBattery(method, model or tiny_text_model())
+    if method.capability == "ImageGenerator":
+        return ImageBattery(method, model)
     return CallBattery(method, model)
 
 

@@ -120,7 +120,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 def snapshot(model: Any) -> dict[str, Any]:
     """Return what a method must leave as it was, in a form that can be compared."""
-    module = getattr(model, "module", None)
+    module = getattr(model, "networks", getattr(model, "module", None))
     # First, because what it imports sets environment variables.
     inside = _snapshot_module(module) if isinstance(module, torch.nn.Module) else {}
     things: dict[str, Any] = {
@@ -161,7 +161,7 @@ def _snapshot_module(module: Any) -> dict[str, Any]:
         "training mode": {name: part.training for name, part in parts.items()},
         "gradients wanted": {name: p.requires_grad for name, p in module.named_parameters()},
         "methods of the modules": {name: _callables(part) for name, part in parts.items()},
-        "configuration": config.to_dict() if config is not None else None,
+        "configuration": getattr(config, "to_dict", config.__repr__)(),
         "attention kernel": getattr(config, "_attn_implementation", None),
         "generation defaults": defaults.to_dict() if defaults is not None else None,
         "attention functions": sorted(ALL_ATTENTION_FUNCTIONS.keys()),
@@ -244,10 +244,10 @@ def byte_tokenizer(special_words: Sequence[str] = ("<end>",)) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
-def fill_exactly(module: Any) -> None:
+def fill_exactly(module: Any, seed: int = 0) -> None:
     """Turn a module to float64 and fill its matrices with numbers that are exact everywhere."""
     module.double()
-    draw = np.random.default_rng(0)  # whole numbers of PCG64 are the same on every machine
+    draw = np.random.default_rng(seed)  # whole numbers of PCG64 are the same on every machine
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim > 1:

@@ -24,6 +24,7 @@ from runner.conformance_base import (
     random_llama,
     snapshot,
 )
+from runner.conformance_image import make_images, tiny_images
 from runner.conformance_vision import picture, tiny_detector, tiny_vision
 
 TEXTS = (
@@ -178,6 +179,10 @@ def _detect(model: Any, text: str) -> Found:
     return Found((found.token_ids, found.found), work)
 
 
+def _make(model: Any, text: str) -> Found:
+    return Found(*make_images(model, text))
+
+
 CALLS: Mapping[str, Calls] = {
     "TextEncoder": Calls(
         model=tiny_encoder,
@@ -188,6 +193,7 @@ CALLS: Mapping[str, Calls] = {
     "VisionLanguageModel": Calls(model=tiny_vision, call=_answer),
     "Detector": Calls(model=tiny_detector, call=_detect),
     "MaskedDiffusionLM": Calls(model=tiny_masked_diffusion, call=_fill_in),
+    "ImageGenerator": Calls(model=tiny_images, call=_make),
 }
 
 

@@ -100,18 +100,21 @@ def outputs_of(store: Store, experiment_id: str) -> dict[str, dict[str, str]]:
     return outputs
 
 
-def recompute(store_path: Path, registry: Registry) -> Recomputed:
+def recompute(
+    store_path: Path, registry: Registry, experiment_ids: Sequence[str] | None = None
+) -> Recomputed:
     """Compute the corpus metrics of a store again from its outputs, and compare.
 
     Args:
         store_path: The store.
         registry: Where tasks come from. An experiment whose task is gone, has changed, or lacks
             something on this machine is left out.
+        experiment_ids: Only these; all if None.
     """
     store = Store(store_path)
     problems: list[str] = []
     left_out: list[str] = []
-    for experiment_id in store.experiment_ids():
+    for experiment_id in store.experiment_ids() if experiment_ids is None else experiment_ids:
         try:
             experiment = store.experiment(experiment_id)
             stored = {(each.cell_id, each.metric): each for each in store.corpus(experiment_id)}

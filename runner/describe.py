@@ -28,14 +28,20 @@ class Section:
     rows: Sequence[Mapping[str, str]]
 
 
-def describe(registry: Registry, kind: Kind, name: str) -> list[Section]:
+def describe(registry: Registry, kind: Kind, name: str, *, imports: bool = True) -> list[Section]:
     """Return what the files say, and for a method or task what its class says.
+
+    Args:
+        registry: Where the files are.
+        kind: Of which kind the thing is.
+        name: Its name.
+        imports: Of a method: whether to import it. Without, what only its class says is left out.
 
     Raises:
         UsageError: There is no such thing, or it cannot be read or imported.
     """
     if kind == "method":
-        return _method(registry, name)
+        return _method(registry, name, imports)
     if kind == "task":
         return _task(registry, name)
     if kind == "suite":
@@ -137,7 +143,7 @@ def _last_measured(index_path: Path, method: str, task: str) -> str:
     return str(last[0][0])
 
 
-def _method(registry: Registry, name: str) -> list[Section]:
+def _method(registry: Registry, name: str, imports: bool) -> list[Section]:
     entry = registry.find("method", name)
     card = registry.card(name)
     facts = {
@@ -149,7 +155,7 @@ def _method(registry: Registry, name: str) -> list[Section]:
         "card": str(entry.card.relative_to(registry.root)) if entry.card else "",
     }
     sections = []
-    if entry.status == "ready":
+    if imports and entry.status == "ready":
         cls = registry.load_method(name)
         facts |= {
             "role": cls.role,

@@ -56,9 +56,10 @@ class WeightGuard:
         """Look at the weights.
 
         Args:
-            model: Any capability; one without a `module` of torch has nothing to guard.
+            model: Any capability; one without a `module` of torch has nothing to guard, one of
+                several networks has them all in `networks`.
         """
-        self._module = getattr(model, "module", None)
+        self._module = getattr(model, "networks", getattr(model, "module", None))
         if not hasattr(self._module, "state_dict"):
             self._module = None
         self._probes: dict[str, Any] = {}

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
-from hardware import detect
+from hardware import catalog, detect
 from hardware.profile import Profile
 from methods.base import Method
 from models.base import Unsupported
@@ -25,10 +26,22 @@ from models.loading import (
     fetch,
     weights_hash,
 )
+from results import evidence
 from results.store import Store
+from runner import budget
+from runner.budget import Step
 from runner.capabilities import CONVENTIONS, taken_as
 from runner.corpus import corpus_metrics
-from runner.keys import PROTOCOL_VERSION, digest, method_source, shared_source, versions
+from runner.keys import (
+    PROTOCOL_VERSION,
+    PartialDigest,
+    digest,
+    method_source,
+    shared_source,
+    versions,
+    written_pairs,
+)
+from runner.progress import duration
 from runner.registry import Registry
 from runner.request import Request, UsageError
 from runner.settings import build, format_spec, parse_spec
@@ -41,7 +54,21 @@ SPEED_MARGIN = {"cpu": 0.05, "cuda": 0.02}
 QUALITY_MARGIN = 0.02
 # Loading, calibration, warm-up and scoring of an experiment, at the very most.
 _OTHER_SECONDS = 7200.0
-_LONGEST_CPU_SECONDS = 1e9  # what the kernel takes
+LONGEST_CPU_SECONDS = 10**9  # what the kernel takes
+
+
+class Answer(NamedTuple):
+    """A cell that is there already.
+
+    Attributes:
+        pair: Ids of experiment and cell.
+        method, task, model: Specs; task and model as the request writes them.
+    """
+
+    pair: tuple[str, str]
+    method: str
+    task: str
+    model: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +83,8 @@ class Plan:
             order of the request.
         cached: Cells that are there already: method, task, model.
         skipped: Cells that cannot be: method, task, model, reason.
+        answers: The cached ones of `cells`, with what they answer.
+        later: What does not fit into the budget, in the order of what it would tell.
     """
 
     run_id: str
@@ -64,28 +93,36 @@ class Plan:
     cells: list[tuple[str, str]] = field(default_factory=list)
     cached: list[dict[str, str]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    later: list[Step] = field(default_factory=list)
+
+    @cached_property
+    def known(self) -> evidence.Known:
+        """What the store's index says about times and undecided pairs."""
+        return evidence.known(Store(self.request.store))
 
     @property
     def estimate_seconds(self) -> float | None:
         """Seconds it will take, judged by earlier samples of the same methods; None if unknown."""
-        store = Store(self.request.store)
-        known: dict[tuple[str, str, str], list[float]] = {}
-        for experiment_id in store.experiment_ids():
-            experiment = store.experiment(experiment_id)
-            names = {cell.cell_id: cell.method for cell in store.cells(experiment_id)}
-            for sample in store.samples(experiment_id):
-                if sample.cell_id in names:
-                    key = (names[sample.cell_id], experiment.task, experiment.model)
-                    known.setdefault(key, []).append(sample.seconds)
-        total = 0.0
-        for spec in self.experiments:
-            task, model = parse_spec(spec.task).name, parse_spec(spec.model).name
-            for cell in spec.cells:
-                seconds = known.get((cell.name, task, model))
-                if seconds is None:
-                    return None
-                total += sum(seconds) / len(seconds) * cell.num_items * spec.repeats
-        return total
+        return budget.estimate(self.experiments, self.known)
+
+    @property
+    def later_seconds(self) -> float:
+        """Seconds that what does not fit into the budget would take, guesses included."""
+        return sum(step.seconds for step in self.later)
+
+    def outlook(self) -> str:
+        """Return how long it takes, and what is left beyond the budget; "" if neither is known."""
+        seconds, told = self.estimate_seconds, []
+        if seconds is not None:
+            told.append(f"about {duration(seconds)}")
+        if self.later:
+            pairs = sum(len(step.spec.cells[1:]) for step in self.later)
+            told.append(
+                f"{pairs} pairs of {len(self.later)} experiments do not fit into the budget: they "
+                f"would need about {duration(self.later_seconds)} more"
+            )
+        return "; ".join(told)
 
     def describe(self) -> list[dict[str, str]]:
         """Return one row a cell: what happens to it, and why."""
@@ -101,6 +138,19 @@ class Plan:
             for spec in self.experiments
             for index, cell in enumerate(spec.cells)
         ]
+        rows += [
+            {
+                "method": cell.method,
+                "task": step.spec.task,
+                "model": step.spec.model,
+                "items": str(cell.num_items),
+                "repeats": str(step.spec.repeats),
+                "what": f"later: {'at a guess' if step.is_guessed else 'about'} "
+                f"{duration(step.seconds)} more than the budget",
+            }
+            for step in self.later
+            for cell in step.spec.cells[1:] or step.spec.cells
+        ]
         blank = {"items": "", "repeats": ""}
         rows += [{**cell, **blank, "what": "cached"} for cell in self.cached]
         for cell in self.skipped:
@@ -110,35 +160,55 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """Expand a request.
+    """Expand a request; with a budget, into what that is best spent on.
 
     Raises:
         UsageError: A name or parameter is wrong, or a model or its data cannot be had.
     """
-    registry = Registry(request.plugins)
-    try:
-        profile = detect.select(request.hardware)
-    except LookupError as error:
-        raise UsageError(str(error)) from error
+    finished = evidence.finished_cells(Store(request.store), ("ok", "unsupported"))
     started = datetime.now(UTC)
-    plan = Plan(run_id=f"{started:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}", request=request)
+    run_id = f"{started:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    plan = _expand(request, run_id, finished)
+    if request.budget is None:
+        return plan
+    return budget.within_budget(plan, plan.known, lambda asked: _expand(asked, run_id, finished))
+
+
+def _expand(request: Request, run_id: str, finished: Mapping[str, str]) -> Plan:
+    """Return the plan of all that a request asks for.
+
+    Args:
+        request: What is asked.
+        run_id: Name of the run.
+        finished: Experiment of each cell that need not be measured.
+    """
+    registry = Registry(request.plugins)
+    profile = _profile(request)
+    plan = Plan(run_id=run_id, request=request)
     store = Store(request.store)
-    finished = {
-        cell_id: experiment_id
-        for cell_id, experiment_id in store.finished_cells(("ok", "unsupported")).items()
-        if store.is_sealed(experiment_id)
-    }
+    known = _Known(registry, request)
     for task_text in request.tasks:
-        spec = parse_spec(task_text)
-        task = build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")
-        methods = _methods(
-            request.methods_of(task_text), request.method_limits.get(task_text, {}), registry
+        material = _Material(task_text, registry, request)
+        methods = known.methods(
+            request.methods_of(task_text), request.method_limits.get(task_text, {})
         )
         for model_text in request.models_of(task_text):
-            _plan_experiment(
-                plan, registry, profile, store, finished, task, task_text, model_text, methods
-            )
+            _plan_experiment(plan, known, profile, store, finished, material, model_text, methods)
     return plan
+
+
+def _profile(request: Request) -> Profile:
+    """Return the hardware that is planned for: this machine's, or that of a fleet's machines.
+
+    Raises:
+        UsageError: There is no such profile, or this machine is not one.
+    """
+    try:
+        if request.executor == "local" or request.hardware == "auto":
+            return detect.select(request.hardware)
+        return catalog.profile(request.hardware)
+    except (LookupError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -149,20 +219,160 @@ class _Wanted:
     limit: int | None = None  # of its own
 
 
-def _methods(texts: Sequence[str], limits: Mapping[str, int], registry: Registry) -> list[_Wanted]:
-    """Return the methods in order, each once, with the limits of their own."""
-    own = {_wanted(text, registry).spec: limit for text, limit in limits.items()}
-    found: dict[str, _Wanted] = {}
-    for text in texts:
-        wanted = _wanted(text, registry)
-        found.setdefault(wanted.spec, replace(wanted, limit=own.get(wanted.spec)))
-    return list(found.values())
+class _Material:
+    """What a plan must know of a task, worked out once for all models."""
+
+    def __init__(self, text: str, registry: Registry, request: Request) -> None:
+        self.text = text
+        spec = parse_spec(text)
+        self.name = spec.name
+        task: Task[Any] = build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")
+        self.limit = request.limit if request.limit is not None else _suite_limit(request, text)
+        self.task: Task[Any] = task.limited(self.limit) if self.limit else task
+        self.spec = format_spec(self.task, self.name)
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """The items that are run.
+
+        Raises:
+            UsageError: They are not to be had, or there are none.
+        """
+        try:
+            self.task.conditions()
+            items = list(islice(self.task.items(), self.limit))
+        except Unsupported as error:
+            raise UsageError(str(error)) from error
+        except ValueError as error:  # a setting that only its data can refute, `mteb:task=`
+            raise UsageError(f"{self.spec}: {error}") from error
+        if not items:
+            raise UsageError(f"task {self.name!r} has no items to run; its limit is {self.limit}.")
+        return items
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Ids of the items."""
+        return [item.id for item in self.items]
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the task's content."""
+        try:
+            return self.task.content_hash()
+        except Unsupported as error:
+            raise UsageError(str(error)) from error
+
+    @cached_property
+    def is_of_corpus(self) -> bool:
+        """Whether the task is judged on all outputs together."""
+        return bool(corpus_metrics(self.task))
+
+    @cached_property
+    def temperature(self) -> float:
+        """At which texts are sampled; 0 where the task has no such setting."""
+        return float(self.task.parameters().get("temperature", 0.0))
 
 
-def _wanted(text: str, registry: Registry) -> _Wanted:
-    spec = parse_spec(text)
-    method = build(registry.load_method(spec.name), spec.params, f"method {spec.name!r}")
-    return _Wanted(format_spec(method, spec.name), spec.name, method)
+class _Model(NamedTuple):
+    """A model with its settings.
+
+    Attributes:
+        id: Its name.
+        settings: How it is loaded.
+        spec: Both as text, defaults left out.
+        offered: What it can be loaded as; () where that is not known.
+    """
+
+    id: str
+    settings: LoadSettings
+    spec: str
+    offered: tuple[str, ...]
+
+
+class _Known:
+    """What a plan has looked up, each once: a matrix names the same things over and over."""
+
+    def __init__(self, registry: Registry, request: Request) -> None:
+        self.registry = registry
+        self._request = request
+        self._models: dict[str, _Model] = {}
+        self._weights: dict[str, str] = {}
+        self._wanted: dict[str, _Wanted] = {}
+        self._sources: dict[str, str] = {}
+        self._about: dict[str, _About] = {}
+
+    def methods(self, texts: Sequence[str], limits: Mapping[str, int]) -> list[_Wanted]:
+        """Return the methods in order, each once, with the limits of their own."""
+        own = {self.wanted(text).spec: limit for text, limit in limits.items()}
+        found: dict[str, _Wanted] = {}
+        for text in texts:
+            wanted = self.wanted(text)
+            if wanted.spec in own:
+                wanted = replace(wanted, limit=own[wanted.spec])
+            found.setdefault(wanted.spec, wanted)
+        return list(found.values())
+
+    def wanted(self, text: str) -> _Wanted:
+        """Return a method by its spec."""
+        if text not in self._wanted:
+            spec = parse_spec(text)
+            cls = self.registry.load_method(spec.name)
+            method = build(cls, spec.params, f"method {spec.name!r}")
+            self._wanted[text] = _Wanted(format_spec(method, spec.name), spec.name, method)
+        return self._wanted[text]
+
+    def model(self, text: str) -> _Model:
+        """Return a model by its spec."""
+        if text not in self._models:
+            model_id, settings = _model(text, self.registry)
+            offered = _offered(model_id, settings, offline=self._request.offline)
+            spec = format_spec(settings, model_id)
+            self._models[text] = _Model(model_id, settings, spec, offered)
+        return self._models[text]
+
+    def weights(self, model: _Model) -> str:
+        """Return the hash of a model's weights, which are fetched first.
+
+        Raises:
+            UsageError: They are not to be had.
+        """
+        if model.spec not in self._weights:
+            try:
+                fetch(model.id, offline=self._request.offline, revision=model.settings.revision)
+                self._weights[model.spec] = weights_hash(model.id, model.settings)
+            except (ModelError, Unsupported) as error:
+                raise UsageError(str(error)) from error
+        return self._weights[model.spec]
+
+    def about(self, wanted: _Wanted) -> _About:
+        """Return what every cell of a method holds."""
+        if wanted.spec not in self._about:
+            entry = self.registry.find("method", wanted.name)
+            if wanted.name not in self._sources:
+                self._sources[wanted.name] = method_source(entry.source)
+            params = wanted.method.parameters()
+            own = {
+                **_named_hashes(params),
+                "method": wanted.name,
+                "params": params,
+                "method_source": self._sources[wanted.name],
+            }
+            self._about[wanted.spec] = _About(params, entry.family, written_pairs(own))
+        return self._about[wanted.spec]
+
+
+class _About(NamedTuple):
+    """What every cell of a method holds.
+
+    Attributes:
+        params: Its hyper-parameters.
+        family: Folder of the method.
+        pairs: What of it decides about an answer, as written in the digest of a cell.
+    """
+
+    params: dict[str, Any]
+    family: str
+    pairs: dict[str, str]
 
 
 def _baseline_first(wanted: list[_Wanted], capability: str, registry: Registry) -> None:
@@ -191,27 +401,25 @@ def _baseline_first(wanted: list[_Wanted], capability: str, registry: Registry) 
 
 def _plan_experiment(
     plan: Plan,
-    registry: Registry,
+    known: _Known,
     profile: Profile,
     store: Store,
-    finished: dict[str, str],
-    task: Task[Any],
-    task_text: str,
+    finished: Mapping[str, str],
+    material: _Material,
     model_text: str,
     methods: Sequence[_Wanted],
 ) -> None:
     request = plan.request
-    task_name = parse_spec(task_text).name
-    task_spec = format_spec(task, task_name)
-    model_id, settings = _model(model_text, registry)
-    model_spec = format_spec(settings, model_id)
+    is_local = request.executor == "local"
+    task, task_spec = material.task, material.spec
+    model = known.model(model_text)
+    model_spec, offered = model.spec, model.offered
 
     def skip(each: _Wanted, reason: str) -> None:
         plan.skipped.append(
             {"method": each.spec, "task": task_spec, "model": model_spec, "reason": reason}
         )
 
-    offered = _offered(model_id, settings, offline=request.offline)
     capability = taken_as(task.capability, offered)
     fitting = [each for each in methods if each.method.capability == capability]
     if fitting or request.names_methods:
@@ -226,25 +434,14 @@ def _plan_experiment(
     if not fitting and request.names_methods:
         return
     # A suite whose methods are of another kind leaves the baseline.
-    _baseline_first(fitting, capability, registry)
+    _baseline_first(fitting, capability, known.registry)
     if request.scenario == "throughput":
         for each in fitting:
             skip(each, "the throughput scenario needs batches, which no text model here runs yet")
         return
-    limit = request.limit if request.limit is not None else _suite_limit(request, task_text)
-    try:
-        task.conditions()
-        items: list[Item] = list(islice(task.items(), limit))
-        task_hash = task.content_hash()
-        fetch(model_id, offline=request.offline, revision=settings.revision)
-        model_hash = weights_hash(model_id, settings)
-    except (ModelError, Unsupported) as error:
-        raise UsageError(str(error)) from error
-    except ValueError as error:  # a setting that only its data can refute, `mteb:task=`
-        raise UsageError(f"{task_spec}: {error}") from error
-    if not items:
-        raise UsageError(f"task {task_name!r} has no items to run; its limit is {limit}.")
-    if corpus_metrics(task) and (limited := [each.spec for each in fitting if each.limit]):
+    items, task_hash = material.items, material.hash
+    model_hash = known.weights(model)
+    if material.is_of_corpus and (limited := [each.spec for each in fitting if each.limit]):
         raise UsageError(
             f"{task_spec} is judged on all outputs together, so all methods must run the same "
             f"items; {limited[0]!r} has a limit of its own."
@@ -253,11 +450,12 @@ def _plan_experiment(
         "protocol": PROTOCOL_VERSION,
         "task": task_spec,
         "task_hash": task_hash,
-        "items": [item.id for item in items],
+        "items": material.ids,
         "model": model_spec,
         "model_hash": model_hash,
         "hardware": profile.name,
-        "machine": detect.machine_id(),
+        # Whichever machine of a fleet gets it: each checks that it is one of the profile.
+        "machine": detect.machine_id() if is_local else f"any {profile.name}",
         "scenario": request.scenario,
         "seed": request.seed,
         "repeats": request.repeats,
@@ -266,11 +464,13 @@ def _plan_experiment(
     }
     if request.audit:
         conditions["audit"] = True  # it changes the order, and the row must carry its result
-    cells = [_cell(each, conditions, registry, task) for each in fitting]
+    key_of = PartialDigest(conditions)
+    cells = [_cell(each, key_of, material, known) for each in fitting]
     missing = [c for c in cells if request.fresh or c.cell_id not in finished]
-    if missing and cells[0] not in missing:
+    if missing and missing[0] is not cells[0]:
         # Ratios are taken within one process: the baseline is measured again beside new methods.
         missing.insert(0, cells[0])
+    are_missing = {cell.cell_id for cell in missing}
     experiment_id = ""
     if missing:
         experiment_id = _experiment_id(store, missing, request.fresh)
@@ -288,55 +488,44 @@ def _plan_experiment(
                 scenario=request.scenario,
                 seed=request.seed,
                 repeats=request.repeats,
-                items=[item.id for item in items],
+                items=material.ids,
                 groups=[item.group or item.id for item in items],
                 cells=missing,
                 store=str(request.store.resolve()),
                 plugins=[str(path.resolve()) for path in request.plugins],
                 sample_timeout=request.timeout,
-                memory_bytes=request.memory_bytes or _usable_memory(),
+                memory_bytes=request.memory_bytes or (usable_memory() if is_local else 0),
                 cpu_seconds=_cpu_seconds(request, sum(cell.num_items for cell in missing)),
                 audit=request.audit,
                 offline=request.offline,
                 margin=margin,
                 quality_margin=QUALITY_MARGIN,
-                scale="embedded" if _is_embedded(model_id, task) else "paper",
+                scale="embedded" if _is_embedded(model.id, task) else "paper",
             )
         )
     for cell in cells:
-        if cell in missing:
+        if cell.cell_id in are_missing:
             plan.cells.append((experiment_id, cell.cell_id))
         else:
-            plan.cells.append((finished[cell.cell_id], cell.cell_id))
+            pair = (finished[cell.cell_id], cell.cell_id)
+            plan.cells.append(pair)
             plan.cached.append({"method": cell.method, "task": task_spec, "model": model_spec})
+            plan.answers.append(Answer(pair, cell.method, material.text, model_text))
 
 
-def _cell(
-    wanted: _Wanted, conditions: dict[str, Any], registry: Registry, task: Task[Any]
-) -> CellSpec:
-    entry = registry.find("method", wanted.name)
-    params = wanted.method.parameters()
-    items = conditions["items"][: wanted.limit]
-    key = digest(
-        {
-            **conditions,
-            "items": items,
-            **_named_hashes(params),
-            "method": wanted.name,
-            "params": params,
-            "method_source": method_source(entry.source),
-        }
-    )
-    temperature = float(task.parameters().get("temperature", 0.0))
+def _cell(wanted: _Wanted, key_of: PartialDigest, material: _Material, known: _Known) -> CellSpec:
+    about = known.about(wanted)
+    items = material.ids if wanted.limit is None else material.ids[: wanted.limit]
+    own = about.pairs if items is material.ids else about.pairs | written_pairs({"items": items})
     return CellSpec(
-        cell_id=key[:24],
+        cell_id=key_of(own)[:24],
         method=wanted.spec,
         name=wanted.name,
-        params=params,
+        params=about.params,
         num_items=len(items),
-        family=entry.family,
+        family=about.family,
         role=wanted.method.role,
-        declared_output=wanted.method.declared_output(temperature).value,
+        declared_output=wanted.method.declared_output(material.temperature).value,
     )
 
 
@@ -401,12 +590,12 @@ def _cpu_seconds(request: Request, samples: int) -> int:
 
     It ends a worker that burns time where no clock of ours looks, in threads that a method left.
     """
-    cores = os.cpu_count() or 1
+    cores = (os.cpu_count() or 1) if request.executor == "local" else 1
     measuring = 2 * request.timeout * request.repeats * samples
-    return math.ceil(min(cores * (_OTHER_SECONDS + measuring), _LONGEST_CPU_SECONDS))
+    return math.ceil(min(cores * (_OTHER_SECONDS + measuring), LONGEST_CPU_SECONDS))
 
 
-def _usable_memory() -> int:
+def usable_memory() -> int:
     """Return nine tenths of the machine's memory, in bytes."""
     pages: int = os.sysconf("SC_PHYS_PAGES")
     return pages * os.sysconf("SC_PAGE_SIZE") * 9 // 10

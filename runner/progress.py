@@ -81,7 +81,7 @@ class PlainProgress:
         elif event.kind == "cell":
             self._write(f"  {cell_line(event)}")
         elif event.kind == "restart":
-            self._write("  the worker was started again")
+            self._write(f"  {restart_line(event)}")
 
     def _sample(self, event: Event) -> None:
         remaining = self._pace.remaining(event.done, event.total)
@@ -135,7 +135,7 @@ class LiveProgress:
             )
         elif event.kind == "restart":
             self._bars.console.print(
-                "the worker was started again",
+                restart_line(event),
                 style="yellow",
                 markup=False,
                 highlight=False,
@@ -155,6 +155,12 @@ class LiveProgress:
                 left="" if remaining is None else f"{duration(remaining)} left",
                 now=plain(f"{event.method} on {event.item}"),
             )
+
+
+def restart_line(event: Event) -> str:
+    """Return that something was started again, on one line, and why if that is known."""
+    detail = f": {event.detail}" if event.detail else ""
+    return plain(f"the worker was started again{detail}")
 
 
 def cell_line(event: Event) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def requests(
         options: For `make_request`: store, limit, offline, timeout.
 
     Raises:
-        UsageError: A name is unknown, or a check's settings are not those of its method.
+        UsageError: A name is unknown, or a check's settings or metric are not those of its method
+            and task.
     """
     suite = load_suite(DEFAULT_SUITE, registry)
     wanted: dict[tuple[str, str], dict[str, None]] = {}
@@ -110,6 +112,7 @@ def requests(
         if check.rival and registry.find("method", check.rival).status == "ready":
             sides.append((check.rival, check.rival_params))
         task = _task_spec(registry, check, suite if model is None else None)
+        _require_metric(registry, task, check.metric)
         specs = wanted.setdefault((task, model or check.model), {})
         for each, settings in sides:
             specs |= dict.fromkeys(_specs(registry, each, settings, suite.methods))
@@ -216,6 +219,23 @@ def _task_spec(registry: Registry, check: Check, suite: Suite | None) -> str:
     except ValueError as error:
         raise UsageError(f"{what}: {error}") from error
     return form if task == base else format_spec(task, name)
+
+
+def _require_metric(registry: Registry, task: str, metric: str) -> None:
+    """Refuse a metric that a task does not have; "" is its headline.
+
+    Raises:
+        UsageError: With the nearest name.
+    """
+    spec = parse_spec(task)
+    made = build(registry.load_task(spec.name), spec.params, f"task {task!r}")
+    names = ["", *(each.name for each in made.metrics)]
+    if metric not in names:
+        near = get_close_matches(metric, names, 1)
+        raise UsageError(
+            f"a check compares the metric {metric!r}, which {task!r} does not have."
+            + (f" Did you mean {near[0]!r}?" if near else f" It has{', '.join(names)[1:]}.")
+        )
 
 
 def _form(suite: Suite, spec: str) -> str | None:

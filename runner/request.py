@@ -9,6 +9,8 @@ from typing import Literal
 
 Scenario = Literal["latency", "throughput", "fixed-length"]
 SCENARIOS: tuple[Scenario, ...] = ("latency", "throughput", "fixed-length")
+ExecutorName = Literal["local", "ray", "slurm"]
+EXECUTORS: tuple[ExecutorName, ...] = ("local", "ray", "slurm")
 
 
 class UsageError(Exception):
@@ -41,6 +43,7 @@ class Request:
         budget: Seconds that the whole run may take; None for no limit.
         memory_bytes: Host memory that a worker may use; None for nine tenths of the machine's.
         offline: Never reach for the network.
+        executor: Where experiments run.
         plugins: Python files that bring methods or tasks.
         label: Name of the suite, for the record.
     """
@@ -65,6 +68,7 @@ class Request:
     budget: float | None = None
     memory_bytes: int | None = None
     offline: bool = False
+    executor: ExecutorName = "local"
     plugins: tuple[Path, ...] = ()
     label: str = ""
 

@@ -85,7 +85,7 @@ class Spec:
 
     def __str__(self) -> str:
         """Return the spec as text, parameters in their order."""
-        pairs = ",".join(f"{key}={value}" for key, value in self.params.items())
+        pairs = ",".join(f"{key}={value}" if key else value for key, value in self.params.items())
         return f"{self.name}:{pairs}" if pairs else self.name
 
 
@@ -93,7 +93,8 @@ def parse_spec(text: str) -> Spec:
     """Split `name[:key=value,…]`.
 
     The ids `hf:<hub id>` and `path:<folder>` keep their own colon. A value may hold commas inside
-    brackets or double quotes.
+    brackets or double quotes. The first one may come without a key, which is then "": `build` knows
+    what it sets, if anything (`lm-eval:gsm8k`).
 
     Raises:
         UsageError: The name is missing, a pair has no `=`, a key comes twice, a bracket stays open.
@@ -118,9 +119,11 @@ def parse_spec(text: str) -> Spec:
     if missing:
         raise UsageError(f"{text!r} is no spec: write name or name:key=value,key=value.")
     params: dict[str, str] = {}
-    for pair in _split(listed, text):
+    for place, pair in enumerate(_split(listed, text)):
         key, equals, value = (part.strip() for part in pair.partition("="))
-        if not equals or not key.isidentifier():
+        if not equals and key and place == 0 and not prefix:
+            key, value = "", key
+        elif not equals or not key.isidentifier():
             raise UsageError(f"{pair.strip()!r} in {text!r} sets nothing: write key=value.")
         if key in params:
             raise UsageError(f"{key!r} comes twice in {text!r}.")
@@ -199,13 +202,19 @@ def build(cls: type[T], params: Mapping[str, str], what: str) -> T:
         what: Whose settings they are, for messages: `method 'token-recycling'`.
 
     Raises:
-        UsageError: A key is unknown, a value has the wrong type, is not allowed, or is missing.
+        UsageError: A key is unknown or comes twice; a value has the wrong type, is not allowed,
+            sets nothing, or is missing.
     """
     names = {each.name: each for each in _settable(cls)}
-    values = {}
-    for key, text in params.items():
+    values: dict[str, Any] = {}
+    for given, text in params.items():
+        key = given or getattr(cls, "unnamed", "")
+        if not key:
+            raise UsageError(f"{what}: {text!r} sets nothing: write key=value.")
         if key not in names:
             raise _unknown_key(what, "parameter", key, names)
+        if key in values:
+            raise UsageError(f"{what}: {key!r} comes twice.")
         values[key] = _convert(text, _hint(cls, key), f"{what}: {key}")
     return _construct(cls, values, what)
 

@@ -82,8 +82,9 @@ class ExperimentSpec:
         store: Folder of the results.
         plugins: Python files to load first.
         sample_timeout: Seconds that one sample may take.
-        memory_bytes: Host memory of the worker.
-        cpu_seconds: Processor time of a worker process, all threads together; 0 for no limit.
+        memory_bytes: Host memory of the worker; on its way to a fleet, 0 is what a machine has.
+        cpu_seconds: Processor time of a worker process, all threads together; 0 for no limit. On
+            its way to a fleet, of each core.
         audit: Whether to audit the cells.
         calibration_seconds: Budget for measuring lat(N).
         model_hash, task_hash, margin, quality_margin, scale: For the record.
@@ -132,6 +133,9 @@ class ExperimentSpec:
     @classmethod
     def read(cls, path: Path) -> ExperimentSpec:
         """Read a spec that `write` wrote."""
-        data = json.loads(path.read_text())
-        data["cells"] = [CellSpec(**cell) for cell in data["cells"]]
-        return cls(**data)
+        return cls.of(json.loads(path.read_text()))
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> ExperimentSpec:
+        """Return the spec that was made into plain data."""
+        return cls(**{**data, "cells": [CellSpec(**cell) for cell in data["cells"]]})

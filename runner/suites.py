@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import cast
 
 from runner.registry import Registry, read_toml
-from runner.request import SCENARIOS, Request, Scenario, UsageError
+from runner.request import (
+    EXECUTORS,
+    SCENARIOS,
+    ExecutorName,
+    Request,
+    Scenario,
+    UsageError,
+)
 from runner.settings import choose, from_table, parse_spec
 
 DEFAULT_SUITE = "embedded"
@@ -183,6 +190,7 @@ def make_request(
     timeout: float | None = None,
     budget: str | None = None,
     offline: bool = False,
+    executor: str = "local",
 ) -> Request:
     """Return the request that a suite and flags make together.
 
@@ -200,6 +208,7 @@ def make_request(
     keeps_limits = is_named or not tasks
     if scenario is not None:
         choose("scenario", scenario, SCENARIOS)
+    choose("executor", executor, EXECUTORS)
     request = replace(
         base,
         methods=_narrow(base.methods, methods, is_named),
@@ -221,6 +230,7 @@ def make_request(
         timeout=base.timeout if timeout is None else timeout,
         budget=None if budget is None else seconds_of(budget),
         offline=offline,
+        executor=cast(ExecutorName, executor),
         plugins=tuple(registry.plugins),
         label=base.label if is_named or not (methods or tasks or models) else "",
     )

@@ -8,14 +8,11 @@ process ends with `RESTART`, so that the others go on in a clean one.
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import functools
 import json
 import os
 import random
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -34,6 +31,8 @@ from hardware.profile import Profile, StepCost
 from hardware.step_cost import measure_step_cost
 from methods.base import Method, Output
 from models.base import (
+    AutoregressiveImageModel,
+    Condition,
     Forward,
     Generation,
     InvalidOutput,
@@ -60,12 +59,13 @@ from runner.capabilities import CONVENTIONS, Conventions, taken_as
 from runner.certificate import (
     DISTRIBUTION_LEVEL,
     Asked,
+    AskedImages,
     Centred,
     asked,
-    centred,
     difference,
     distribution_test,
     output_digest,
+    reading,
     summary,
 )
 from runner.corpus import corpus_metrics, corpus_records, outputs_of
@@ -73,6 +73,7 @@ from runner.guards import Damage, Ledger, ProcessGuard, WeightGuard, held_bytes
 from runner.registry import Registry
 from runner.settings import build, parse_spec
 from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec, now
+from runner.system import die_with_parent, exclusive
 from tasks.base import Item, Result, Task, Unscored
 
 # Warm-up ends when a round of the baseline is not faster than the one before by more than this
@@ -100,7 +101,7 @@ def main(spec_path: Path, events: int | None = None) -> int:
         another process measures this experiment.
     """
     spec = ExperimentSpec.read(spec_path)
-    _die_with_parent()
+    die_with_parent()
     if spec.cpu_seconds:
         # At the soft limit the kernel says why (SIGXCPU), at the hard one it does not (SIGKILL).
         resource.setrlimit(resource.RLIMIT_CPU, (spec.cpu_seconds, spec.cpu_seconds + 5))
@@ -113,7 +114,7 @@ def main(spec_path: Path, events: int | None = None) -> int:
     if store.is_sealed(spec.experiment_id):
         store.seal(spec.experiment_id)  # clears what a kill in the middle of sealing left
         return 0
-    with _exclusive(store, spec.experiment_id) as is_ours:
+    with exclusive(store, spec.experiment_id) as is_ours:
         if not is_ours:
             return BUSY
         return _Worker(spec, store, _Events(events)).run()
@@ -256,9 +257,15 @@ class _Worker:
             seconds=tuple(tuple(row) for row in curve["seconds"]),
         )
 
+    @property
+    def _has_steps(self) -> bool:
+        """Whether calls are sequences of forwards; an image generator's need not be."""
+        steps = (TextGenerator, MaskedDiffusionLM, AutoregressiveImageModel)
+        return self.conventions.has_steps and isinstance(self.model, steps)
+
     def _curve_of_this_run(self) -> dict[str, Any] | None:
         """Return lat(N) as an earlier experiment of the run measured it for the same model."""
-        if not self.conventions.has_steps:
+        if not self._has_steps:
             return None
         for experiment_id in self.store.experiment_ids():
             other = self.store.experiment(experiment_id)
@@ -273,10 +280,9 @@ class _Worker:
 
     def _calibrate(self) -> StepCost | None:
         """Measure lat(N), for models whose calls are sequences of forwards."""
-        if not self.conventions.has_steps:
+        if not self._has_steps:
             return None
-        measure = _canvas_cost if isinstance(self.model, MaskedDiffusionLM) else _session_cost
-        return measure(self.model, self.spec.calibration_seconds, self.spec.seed)
+        return calibrate(self.model, self.spec.calibration_seconds, self.spec.seed)
 
     def _experiment_record(self, step_cost: dict[str, Any] | None) -> ExperimentRecord:
         spec, facts = self.spec, self.model.facts
@@ -312,11 +318,7 @@ class _Worker:
                 "output_unit": self.conventions.output_unit,
                 "speed_of": self.task.speed_of,
                 "bound_by": self.task.bound_by,
-                **(
-                    {"kv_bytes_per_token": facts.kv_read(_ONE_TOKEN)}
-                    if self.conventions.has_steps
-                    else {}
-                ),
+                **({"kv_bytes_per_token": facts.kv_read(_ONE_TOKEN)} if self._has_steps else {}),
                 **self.task.conditions(),
             },
             created=now(),
@@ -434,7 +436,7 @@ class _Worker:
         self._check_damage()
         cell.ledger.check_memory(held, self.spec.memory_bytes)
         self._check_result(result, cell, item)
-        return _Measured(result, reading, started)
+        return _Measured(self.task.stored(self.model, item, result), reading, started)
 
     def _untimed(self, cell: _Cell, item: Item) -> Result:
         """Run an item as `_measure` does, but for the clock."""
@@ -443,7 +445,7 @@ class _Worker:
             result = self.task.call(changed, item, fixed_length=fixed_length)
         self._check_damage()
         self._check_result(result, cell, item)
-        return result
+        return self.task.stored(self.model, item, result)
 
     def _check_damage(self) -> None:
         """Look for what a method left behind or changed.
@@ -464,7 +466,7 @@ class _Worker:
         if not isinstance(result, Generation):
             return
         question = asked(self.task, self.model, item)
-        if question is None:
+        if not isinstance(question, Asked):
             return
         decoding = question.decoding
         if self.spec.scenario == "fixed-length":
@@ -543,6 +545,9 @@ class _Worker:
             if (reached := self.profile.ceilings) is None:
                 return None
             return _bytes_read(self.model.facts, trace) / reached.read_bandwidth
+        # A forward over a batch of images costs less than its images one by one.
+        if isinstance(self.model, AutoregressiveImageModel) and len(trace.prefill) > 1:
+            return None
         curve = self.profile.step_cost
         return _step_seconds(curve, trace) if curve else None
 
@@ -722,13 +727,27 @@ class _Worker:
             [first for first, _ in pairs], [second for _, second in pairs], seed=self.spec.seed
         )
 
-    def _centred(self, item_id: str, question: Asked, output_ids: tuple[int, ...]) -> Centred:
-        """Read a sampled text once more; each text once, whoever wrote it."""
+    def _centred(
+        self, item_id: str, question: Asked | AskedImages, output_ids: tuple[int, ...]
+    ) -> Centred:
+        """Read a sampled output once more; each output once, whoever made it."""
         key = (item_id, output_ids)
         if key not in self.read:
-            temperature = question.decoding.temperature
-            self.read[key] = centred(self.model, question.prompt_ids, output_ids, temperature)
+            self.read[key] = reading(self.model, question, output_ids)
         return self.read[key]
+
+
+def calibrate(
+    model: TextGenerator | MaskedDiffusionLM | AutoregressiveImageModel,
+    budget_seconds: float,
+    seed: int,
+) -> StepCost:
+    """Measure lat(N), what a forward costs by its width and context, of a model that decodes."""
+    if isinstance(model, MaskedDiffusionLM):
+        return _canvas_cost(model, budget_seconds, seed)
+    if isinstance(model, AutoregressiveImageModel):
+        return _image_cost(model, budget_seconds, seed)
+    return _session_cost(model, budget_seconds, seed)
 
 
 def _session_cost(model: TextGenerator, budget_seconds: float, seed: int) -> StepCost:
@@ -784,6 +803,42 @@ def _canvas_cost(model: MaskedDiffusionLM, budget_seconds: float, seed: int) -> 
         prepare,
         widths=_CANVAS_WIDTHS,
         contexts=_CANVAS_CONTEXTS,
+        budget_seconds=budget_seconds,
+        seed=seed,
+        synchronize=model.synchronize,
+    )
+
+
+def _image_cost(model: AutoregressiveImageModel, budget_seconds: float, seed: int) -> StepCost:
+    """Measure windows of one image with guidance, both halves, as the default tasks run them."""
+    import torch
+
+    tokens = model.facts.image_tokens
+    widths = [width for width in _WIDTHS if width <= tokens]
+    contexts = [place for place in _CONTEXTS if place + widths[-1] <= tokens] or [0]
+    generator = torch.Generator().manual_seed(0)
+    condition: Condition = 0 if model.facts.classes else "a picture"
+    codes = torch.randint(model.facts.vocab_size, (1, tokens), generator=generator)
+    codes = codes.to(model.device)
+
+    def prepare(context: int) -> Any:
+        session = model.session(
+            [condition], guided=True, capacity=context + widths[-1], trace=Trace()
+        )
+        session.prefill()
+        if context:
+            session.forward(codes[:, :context])
+
+        def step(width: int) -> None:
+            session.forward(codes[:, context : context + width])
+            session.crop(context)
+
+        return step
+
+    return measure_step_cost(
+        prepare,
+        widths=widths,
+        contexts=contexts,
         budget_seconds=budget_seconds,
         seed=seed,
         synchronize=model.synchronize,
@@ -862,7 +917,7 @@ def _check_result(result: object, model: Any) -> None:
     ids = cast(Result, result).token_ids
     # A model without a vocabulary of its own (an encoder) returns no tokens; a method that brings
     # another tokenizer returns that one's.
-    if isinstance(model, (TextGenerator, MaskedDiffusionLM)):
+    if isinstance(model, (TextGenerator, MaskedDiffusionLM, AutoregressiveImageModel)):
         vocabulary = range(model.facts.vocab_size)
         wrong = [each for each in ids if not isinstance(each, int) or each not in vocabulary]
         if wrong:
@@ -905,30 +960,3 @@ def _ceiling_columns(profile: Profile) -> dict[str, Any]:
         "copy_bandwidth": measured.copy_bandwidth,
         **{f"matmul_flops_{dtype}": value for dtype, value in measured.matmul_flops.items()},
     }
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process with the one that started it (Linux only).
-
-    And to hand it the children of children that have ended, so that none escapes its sight.
-    """
-    try:
-        set_parent_death_signal, set_child_subreaper = 1, 36
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        ctypes.CDLL(None).prctl(set_child_subreaper, 1)
-    except (OSError, AttributeError):
-        return
-
-
-@contextmanager
-def _exclusive(store: Store, experiment_id: str) -> Iterator[bool]:
-    """Hold the experiment: yield False if another process does."""
-    locks = store.path / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / experiment_id).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True

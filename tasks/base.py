@@ -7,7 +7,17 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeVar,
+)
 
 from models.base import Trace
 
@@ -125,21 +135,25 @@ class Task(ABC, Generic[Capability]):
         data: Where the items come from.
         needs: What the machine must have: `sandbox`, `extra:image`.
         capability: Name of the model capability that `call` takes.
+        unnamed: Setting that a value without a name sets, `task` for `mteb:SciFact`; none if empty.
         scale: `embedded` for what any machine can run, `paper` for the conditions of publications.
         speed_of: What tables show as speed besides the whole `call`: with `decode` also the time of
             a token after the prefill, for tasks whose prefill is long.
-        bound_by: What the forwards after the prefill are charged in the bound of a speed-up:
-            `step-cost` by the measured lat(width, context); `bytes` by the weights and cached keys
-            and values that they read, for contexts far longer than those of the measured curve.
+        bound_by: What a call is charged in the bound of a speed-up: its forwards after the prefill
+            by the measured lat(width, context) with `step-cost`; by the weights and cached keys and
+            values that they read with `bytes`, for contexts far longer than those of the measured
+            curve; the whole call by its counted `operations`, where encoding and prefill, which
+            compute and do not wait for memory, are nearly all of it.
     """
 
     version: ClassVar[str]
     data: ClassVar[Dataset]
     needs: ClassVar[tuple[str, ...]] = ()  # what the machine must have: "sandbox", "extra:image"
     capability: ClassVar[str]  # name of the model capability: "TextGenerator"
+    unnamed: ClassVar[str] = ""  # setting that a value without a name sets: `mteb:SciFact`
     scale: ClassVar[Literal["embedded", "paper"]] = "paper"
     speed_of: ClassVar[Literal["call", "decode"]] = "call"
-    bound_by: ClassVar[Literal["step-cost", "bytes"]] = "step-cost"
+    bound_by: ClassVar[Literal["step-cost", "bytes", "operations"]] = "step-cost"
 
     @property
     @abstractmethod
@@ -161,9 +175,29 @@ class Task(ABC, Generic[Capability]):
         `fixed_length` ignores natural stops, for the scenario of that name.
         """
 
+    def stored(self, model: Capability, item: Item, result: Result) -> Result:
+        """Return what is kept of a result, outside the clock; the result itself by default.
+
+        Here outputs are written as text (pictures), and what only the model knows about its own
+        output is added to it (how likely it was).
+
+        Args:
+            model: As it is without any method.
+            item: What was asked.
+            result: Of `call`; tokens and trace stay.
+        """
+        return result
+
     @abstractmethod
     def score(self, item: Item, output: str) -> Scores:
         """Score a stored output; runs again on old outputs, needs no model."""
+
+    def limited(self, items: int) -> Self:
+        """Return the task of which only the first items are run; the same one by default.
+
+        A task whose metrics name the number of outputs that they are of returns another one.
+        """
+        return self
 
     def conditions(self) -> dict[str, str]:
         """Return what of the machine a score depends on, for the record (`sandbox`: its level).

@@ -7,8 +7,8 @@ other data in COCO's format will do: `split` names its files.
 Differs from other harnesses: a detector is given names, so `phrases` says which: `all` categories,
 or those that are in the image (`present`, as Rex-Omni's table has it, where what is found of other
 categories is not looked at; images with nothing are left out). Images come in an order drawn from
-their ids, so that `--limit 500` is a fair sample. Captions are read (`tasks/coco_data.py`) and not
-scored. One item:
+their ids, so that `--limit 500` is a fair sample. Captions are a task of their own,
+`coco-captions`. One item:
     file "val2017/000000000139.jpg"   width 640   phrases ["person", "bicycle", ...]
     truths [phrase "person", bbox [412.8, 157.61, 53.05, 138.01], area 2913.1, iscrowd 0; ...]
 """
@@ -16,7 +16,6 @@ scored. One item:
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,16 @@ from models.base import Unsupported
 from tasks.base import Dataset, Item
 from tasks.checks import check_choice
 from tasks.coco_common import Asked, DetectionTask, Question
-from tasks.coco_data import Category, ImageRecord, Kind, find_file, read_annotations
+from tasks.coco_data import (
+    Category,
+    ImageRecord,
+    Kind,
+    find_file,
+    in_drawn_order,
+    plain_picture,
+    read_annotations,
+    read_picture,
+)
 
 Phrases = Literal["all", "present"]
 _WARMUP = ("red", "green", "blue", "white")
@@ -87,23 +95,11 @@ class Coco(DetectionTask):
         Raises:
             Unsupported: It is not to be had, or is no image of the size that the annotations say.
         """
-        from PIL import Image
-
         file, size = item.fields["file"], (item.fields["width"], item.fields["height"])
         if item.id.startswith("warmup/"):
-            return np.asarray(Image.new("RGB", size, file))
+            return plain_picture(file, size)
         path = find_file(self.folder, self.data_set, file, self.revision)
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise Unsupported(f"{path} is no image: {error}") from error
-        if pixels.shape[1::-1] != size:
-            raise Unsupported(
-                f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and its record says "
-                f"{size[0]} x {size[1]}: the annotations are of other images."
-            )
-        return pixels
+        return read_picture(path, size)
 
     def _asked(self) -> Asked:
         kind: Kind = "person_keypoints" if self.output == "keypoint" else "instances"
@@ -125,12 +121,8 @@ def _read(
     if not categories:
         raise Unsupported(f"no category of {path} has key points.")
     names = {each.id: each.name for each in categories}
-
-    def drawn(image: ImageRecord) -> bytes:
-        return hashlib.sha256(f"coco {image.id}".encode()).digest()
-
     questions = []
-    for image in sorted(file.images.values(), key=drawn):
+    for image in in_drawn_order(file.images.values()):
         truths = tuple(each for each in file.annotations[image.id] if each.category_id in names)
         present = {truth.category_id for truth in truths}
         asked = tuple(

@@ -13,13 +13,17 @@ Source: cocodataset/cocoapi at 8c9bcc3, written from a description of the format
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from models.base import Unsupported
 from models.cache import cache_dir
@@ -132,6 +136,43 @@ def find_file(folder: str, data_set: str, name: str, revision: str) -> Path:
         raise Unsupported(
             f"{place} holds no {name}, and the data set {data_set} did not give it: {error}"
         ) from error
+
+
+def in_drawn_order(images: Iterable[ImageRecord]) -> list[ImageRecord]:
+    """Return images in an order drawn from their ids, so that the first ones are a fair sample."""
+    return sorted(images, key=lambda image: hashlib.sha256(f"coco {image.id}".encode()).digest())
+
+
+def plain_picture(colour: str, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Return a picture of one colour, which is in no data set; size is width and height."""
+    from PIL import Image
+
+    return np.asarray(Image.new("RGB", size, colour))
+
+
+def read_picture(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Decode an image file to RGB, (height, width, 3).
+
+    Args:
+        path: Of the file.
+        size: Width and height that its record says.
+
+    Raises:
+        Unsupported: It is no image, or none of that size.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise Unsupported(f"{path} is no image: {error}") from error
+    if pixels.shape[1::-1] != size:
+        raise Unsupported(
+            f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and its record says "
+            f"{size[0]} x {size[1]}: the annotations are of other images."
+        )
+    return pixels
 
 
 def read_annotations(path: Path, kind: Kind) -> AnnotationFile:

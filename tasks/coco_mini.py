@@ -41,7 +41,7 @@ from models.embedded.scenes.generator import (
     Scene,
     generate,
 )
-from models.embedded.scenes.raster import render
+from models.embedded.scenes.raster import picture
 from models.embedded.tiny_detector.data import SIZE, request
 from tasks.base import Dataset, Item
 from tasks.checks import check_choice
@@ -116,12 +116,12 @@ class CocoMini(DetectionTask):
 
     def more_fields(self, question: Question) -> Mapping[str, Any]:
         """Return a hash of the scene's pixels, so that its items' hash covers them."""
-        pixels = _picture(question.image.file_name)
+        pixels = picture(question.image.file_name)
         return {"pixels": hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}
 
     def pixels(self, item: Item) -> npt.NDArray[np.uint8]:
         """Return the picture, which is drawn once and kept."""
-        return _picture(item.fields["file"])
+        return picture(item.fields["file"])
 
     def _asked(self, split: str, count: int) -> Asked:
         return _scenes(split, count, self.phrases, self.objects, self.output)
@@ -154,10 +154,3 @@ def asked_of(scene: Scene, phrases: Phrases, output: DetectionOutput) -> list[st
         return list(SHAPES)
     kind = _KINDS[output]
     return request(scene, kind, Draws(f"{scene.key}/{kind}/requests"))[0]
-
-
-@functools.cache
-def _picture(key: str) -> npt.NDArray[np.uint8]:
-    """Return the picture of a scene by its key."""
-    _, family, size, split, index = key.split("/")
-    return render(generate(family, int(size), split, int(index))).image

@@ -122,6 +122,8 @@ class CircularChoice(Task[VisionLanguageModel]):
     max_new_tokens: int = 32
 
     capability = "VisionLanguageModel"
+    # Answers are a letter or two behind an image's hundreds of tokens.
+    bound_by = "operations"
 
     def __post_init__(self) -> None:
         check_choice("prompt", self.prompt, get_args(Wording))

@@ -50,6 +50,7 @@ class Mteb(EmbeddingTask):
     folder: str = ""
 
     version = "1.0"
+    unnamed = "task"
     data = Dataset(
         source="data sets of mteb",
         revision="as in the task's metadata",

@@ -8,15 +8,11 @@ Source: mteb 2.26, `mteb.evaluate`; encoders are subclasses of its `AbsEncoder`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import io
-import logging
 import random
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -36,6 +32,7 @@ from tasks.mteb_data import (
     distinct,
 )
 from tasks.mteb_scorers import EXPERIMENTS, clustering_bags, training_draws
+from tasks.packages import quietly
 
 # Of the vectors that stand in for an encoder's while a task's texts are collected.
 _STAND_IN_DIMENSION = 4
@@ -447,31 +444,6 @@ def _retrieval(task: Any, dataset: Any, split: str) -> Retrieval | None:
     )
 
 
-@contextmanager
-def _mteb() -> Iterator[Any]:
-    """Yield the package, silent, and put back the random states that it sets.
-
-    Raises:
-        models.base.Unsupported: It is not installed.
-    """
-    import torch
-
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        # What goes wrong is raised; progress bars of data sets heed no setting.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            try:
-                import mteb
-            except ImportError as error:
-                raise Unsupported(
-                    "this task needs the package 'mteb', which is not installed: pip install mteb"
-                ) from error
-            yield mteb
-    finally:
-        logging.disable(level)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
+def _mteb() -> AbstractContextManager[Any]:
+    """Return the block in which the package is at hand."""
+    return quietly("mteb", "mteb")

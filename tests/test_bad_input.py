@@ -473,10 +473,10 @@ def test_an_index_that_another_process_writes(
 
 
 def test_a_run_that_another_process_measures(tmp_path: Path) -> None:
-    from runner.worker import _exclusive
+    from runner.system import exclusive
 
     store = Store(tmp_path)
-    with _exclusive(store, "experiment-1") as is_ours, _exclusive(store, "experiment-1") as again:
+    with exclusive(store, "experiment-1") as is_ours, exclusive(store, "experiment-1") as again:
         assert is_ours
         assert not again
 

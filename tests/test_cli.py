@@ -332,7 +332,7 @@ def runs(monkeypatch, tmp_path):
         return SimpleNamespace(
             cells=seen.cells,
             skipped=skipped,
-            estimate_seconds=125.0,
+            outlook=lambda: "about 2 min 05 s",
             describe=lambda: [{"method": "m", "what": "measured"}],
         )
 
@@ -460,6 +460,9 @@ def test_every_command_of_the_contract_is_there_and_none_that_does_not_work(caps
         "table",
         "sql",
         "ingest",
+        "report",
+        "lm-eval",
+        "export",
         "rebuild",
         "verify",
         "fetch",

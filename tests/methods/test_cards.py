@@ -600,6 +600,7 @@ def test_arithmetic_and_settings_are_read_with_their_types(write):
         ("expected", "tolerance = 1\nexpected", "tolerance must lie in [0, 1), got 1.0."),
         ("expected", "times = 2\nexpected", "per and times belong to measure = 'computed'."),
         ("expected", 'quantity = "x"\nexpected', "quantity names what is counted"),
+        ("expected", 'metric = "f1"\nexpected', "metric names what quality is; it belongs to"),
         ('"speedup"', '"computed"', "quantity names what is counted"),
         (
             '"speedup"',

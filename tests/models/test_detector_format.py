@@ -250,3 +250,78 @@ def test_a_mask_without_room_for_any_answer_is_refused():
     GrammarMask(GRAMMAR, ["cat"], 4, least)
     with pytest.raises(ValueError, match=f"takes {least} tokens at least"):
         GrammarMask(GRAMMAR, ["cat"], 4, least - 1)
+
+
+def in_digits(ids: Sequence[int]) -> list[int]:
+    """Return an answer with each run of coordinate tokens as numbers in brackets."""
+    digits: list[int] = []
+    run: list[str] = []
+    for token in [*ids, -1]:
+        if token in GRAMMAR.coordinates:
+            run.append(str(GRAMMAR.coordinates[token]))
+            continue
+        if run:
+            digits += f"[{', '.join(run)}]".encode()
+            run = []
+        digits.append(token)
+    return digits[:-1]
+
+
+@settings(max_examples=60)
+@given(ANSWERS, st.sampled_from([",", ", "]))
+def test_an_answer_in_digits_says_what_it_says_in_coordinate_tokens(answer, comma):
+    kind, found = answer
+    ids = written(found, comma)
+    tokens = parse(ids, GRAMMAR, COUNTS[kind])
+    digits = in_digits(ids)
+    read = parse(digits, GRAMMAR, COUNTS[kind], "digits")
+    assert [(name, [piece.bins for piece in pieces]) for name, pieces in read.found] == [
+        (name, [piece.bins for piece in pieces]) for name, pieces in tokens.found
+    ]
+    assert (read.errors, read.complete) == ([], True)
+    for _, pieces in read.found:
+        for piece in pieces:
+            text = GRAMMAR.spell(digits[piece.first : piece.end])
+            assert text == str(list(piece.bins))
+
+
+@pytest.mark.parametrize(
+    ("content", "boxes", "errors"),
+    [
+        (b"[1, 2, 3, 4]", [(1, 2, 3, 4)], []),
+        (b"[1, 2, 3, 4], [5,6,7,8]", [(1, 2, 3, 4), (5, 6, 7, 8)], []),
+        (b"[007, 2, 3, 4]", [(7, 2, 3, 4)], []),
+        (b"None", [], []),
+        (b"", [], []),
+        (b"[1, 2, 3]", [], ["3 coordinates and '[1,2,3]' for 'cat' where 4 are wanted"]),
+        (b"[1, 2, 3, 50]", [], ["4 coordinates and '[1,2,3,50]' for 'cat' where 4 are wanted"]),
+        (
+            b"[1, 2, 3, 4], [5, 6",
+            [(1, 2, 3, 4)],
+            ["0 coordinates and ',[5,6' for 'cat' where 4 are wanted"],
+        ),
+        (b"a [1, 2, 3, 4]", [(1, 2, 3, 4)], ["0 coordinates and 'a' for 'cat' where 4 are wanted"]),
+        (b"1, 2, 3, 4", [], ["0 coordinates and '1,2,3,4' for 'cat' where 4 are wanted"]),
+        (b"[-1, 2, 3, 4]", [], ["0 coordinates and '[-1,2,3,4]' for 'cat' where 4 are wanted"]),
+        # Not a number to the grammar, however many digits it has.
+        (
+            b"[1, 2, 3, " + b"9" * 30 + b"]",
+            [],
+            [f"0 coordinates and '[1,2,3,{'9' * 30}' for 'cat' where 4 are wanted"],
+        ),
+    ],
+)
+def test_digits_that_are_no_box_are_named_and_skipped(content, boxes, errors):
+    ids = [NAME_START, *b"cat", NAME_END, BOX_START, *content, BOX_END, EOS]
+    read = parse(ids, GRAMMAR, 4, "digits")
+    assert [piece.bins for piece in read.found[0].pieces] == boxes
+    # A piece is shown by its first 40 characters.
+    assert [error[:36] for error in read.errors] == [error[:36] for error in errors]
+
+
+def test_coordinate_tokens_are_no_digits_nor_the_other_way_round():
+    ids = written([("cat", [(1, 2, 3, 4)])])
+    for strange, writing in ((ids, "digits"), (in_digits(ids), "tokens")):
+        read = parse(strange, GRAMMAR, 4, writing)  # type: ignore[arg-type]  # one of two
+        assert read.found == [("cat", [])]
+        assert len(read.errors) == (1 if writing == "digits" else 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def test_a_small_model_supports_the_direction_and_never_the_number(tmp_path: Pat
 
 
 def test_the_measured_ratio_is_that_of_the_comparison(tmp_path: Path):
-    make_store(tmp_path, {"plain": 1.0, "fast": 2.0}, repeats=3)
+    # Of twelve items the ids' order is not the items': resamples must fall on the same ones.
+    make_store(tmp_path, {"plain": 1.0, "fast": 2.0}, items=12, repeats=3, noise=0.5)
     index = ingest(tmp_path)
     with duckdb.connect(str(index), read_only=True) as connection:
         (settled,) = settle([make_claim({})], connection)
@@ -332,6 +334,49 @@ def test_quality_is_a_difference_with_a_margin_for_no_loss(
     assert settled.measured == pytest.approx((sum(fast) - 12) / 40)
 
 
+@pytest.mark.parametrize("rival", ["", "other"])
+@pytest.mark.parametrize(
+    ("metric", "measured", "expected"),
+    [
+        ("", 0.5, "direction"),
+        ("accuracy", 0.5, "direction"),
+        # Fewer errors are better: more of them count as a loss.
+        ("errors", -0.25, "not-reproduced (mechanism)"),
+        ("precision", None, "not-testable-here"),
+    ],
+)
+def test_a_check_may_name_another_metric_than_the_headline(
+    tmp_path: Path, rival: str, metric: str, measured: float | None, expected: str
+):
+    methods = ("plain", "fast", "other")
+    metrics = [
+        MetricRecord(name=name, unit="fraction", kind="mean", higher_is_better=name == "accuracy")
+        for name in ("accuracy", "errors")
+    ]
+    experiment = make_experiment(methods, items=40, metrics=metrics)
+    solved = {"plain": 10, "fast": 30, "other": 10}
+    failed = {"plain": 5, "fast": 15, "other": 5}
+    scores = [
+        replace(score, metric=name)
+        for name, counts in (("accuracy", solved), ("errors", failed))
+        for method, count in counts.items()
+        for score in make_scores(experiment, method, [1.0] * count + [0.0] * (40 - count))
+    ]
+    write_shard(
+        Store(tmp_path),
+        experiment,
+        [make_cell(experiment, method) for method in methods],
+        make_samples(experiment, dict.fromkeys(methods, 1.0)),
+        scores,
+    )
+    check = {"measure": "quality", "metric": metric, "rival": rival}
+    settled = verdict_in(tmp_path, make_claim(check))
+    assert settled.verdict == expected, settled.detail
+    assert settled.measured == (None if measured is None else pytest.approx(measured))
+    if measured is not None and metric:
+        assert settled.detail.startswith(metric)
+
+
 @pytest.mark.parametrize(
     ("solved", "word"),
     [(40, "BETTER"), (19, "NO LOSS"), (12, "SAME"), (9, "INCONCLUSIVE"), (0, "WORSE")],
@@ -493,7 +538,10 @@ def test_sums_of_samples_can_be_computed_with_and_unknown_quantities_cannot(tmp_
     none = make_claim({"measure": "computed", "quantity": "draft_forwards", "expected": 0.0})
     assert verdict_in(tmp_path, none).verdict == "reproduced"
     check = {"measure": "computed", "quantity": "flops", "per": "output_tokens", "expected": 2e6}
-    assert verdict_in(tmp_path, make_claim(check)).verdict == "reproduced"
+    meant = verdict_in(tmp_path, make_claim(check, value="-90%", number=-90.0, unit="%"))
+    assert meant.verdict == "reproduced"
+    # The quantity is not in the number's unit.
+    assert "gives 2000000; claimed -90%, which means 2000000. This" in meant.detail
     unknown = make_claim({"measure": "computed", "quantity": "no-such-thing"})
     assert verdict_in(tmp_path, unknown).detail == "not measured yet."
 

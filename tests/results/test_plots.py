@@ -70,6 +70,33 @@ def test_time_is_the_inverse_of_the_speed_up_and_its_interval(tmp_path: Path) ->
     assert work["plain"][0].cost == 1.0
 
 
+def test_visual_tokens_are_those_of_the_baseline_as_1(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    experiment = make_experiment(("plain", "fast", "other"))
+    tokens = {"plain": {"mean_visual_tokens": 144.0}, "fast": {"mean_visual_tokens": 36.0}}
+    write_shard(
+        store,
+        experiment,
+        [
+            make_cell(experiment, name, notes=tokens.get(name, {}))
+            for name in ("plain", "fast", "other")
+        ],
+        make_samples(experiment, {"plain": 1, "fast": 2, "other": 2}),
+        [
+            score
+            for name in ("plain", "fast", "other")
+            for score in make_scores(experiment, name, [1.0] * 8)
+        ],
+    )
+    store.write_run(make_run([experiment]))
+    (table,) = tables.comparison_tables(ingest(tmp_path))
+    found = plots.points(table, plots.COSTS["visual tokens, mean over layers"])
+    assert {name: [point.cost for point in line] for name, line in found.items()} == {
+        "plain": [1.0],
+        "fast": [0.25],
+    }
+
+
 def test_a_cell_that_failed_is_not_drawn(tmp_path: Path) -> None:
     index = curves(tmp_path)
     (table,) = tables.comparison_tables(index)

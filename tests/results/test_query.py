@@ -5,13 +5,22 @@ import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from results.ingest import ingest
 from results.query import QueryError, run_sql
-from results.store import StoreError
-from tests.results.factory import make_store
+from results.statistics import wilson
+from results.store import Store, StoreError
+from tests.results.factory import (
+    make_cell,
+    make_experiment,
+    make_samples,
+    make_scores,
+    make_store,
+    write_shard,
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +152,47 @@ def test_odd_values_are_shown_safely(index: Path) -> None:
     assert "\x1b" not in run_sql(index, sql)
     assert r"\x1b[2J" in run_sql(index, sql)
     assert run_sql(index, "SELECT method FROM cells WHERE false") == "method\n------\n"
+
+
+def test_items_that_a_reference_gets_wrong_are_counted_across_experiments(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def measure(number: int, right: dict[str, str], **changes: Any) -> None:
+        """Write an experiment; `right` has a 1, a 0 or a - (not scored) for each item."""
+        experiment = make_experiment(
+            [*right],
+            items=len(right["plain"]),
+            experiment_id=f"e{number}",
+            created=f"2025-01-0{number}T00:00:00+00:00",
+            **changes,
+        )
+        values = {name: [{"1": 1.0, "0": 0.0}.get(mark) for mark in right[name]] for name in right}
+        write_shard(
+            store,
+            experiment,
+            [make_cell(experiment, name, spec=name) for name in right],
+            make_samples(experiment, dict.fromkeys(right, 1.0)),
+            [each for name in right for each in make_scores(experiment, name, values[name])],
+        )
+
+    # Item 3 nobody can answer; an output that cannot be scored is no answer.
+    measure(1, {"plain": "11101111", "small": "0001-011", "fast": "11111100"})
+    # The other method was measured later, and item 0 of the reference again, now right.
+    measure(2, {"plain": "11101111", "small": "1001-011", "other": "-1011000"})
+    # Other items of the same name, and another model, have nothing to do with them.
+    measure(3, {"plain": "11", "small": "00", "other": "11"}, task_hash="another")
+    measure(4, {"plain": "11", "small": "00", "other": "11"}, model_hash="another")
+    query = (
+        "SELECT spec, items, solved, share, low, high FROM where_wrong "
+        "WHERE reference = 'small' AND items > 2 ORDER BY spec"
+    )
+    found = json.loads(run_sql(ingest(tmp_path), query, "json"))
+    assert [(row["spec"], row["items"], row["solved"]) for row in found] == [
+        ("fast", 4, 4),
+        ("other", 4, 2),
+    ]
+    for row in found:
+        expected = wilson(row["solved"], row["items"])
+        assert (row["share"], row["low"], row["high"]) == pytest.approx(expected[:3])
+    run = run_sql(ingest(tmp_path), "SELECT DISTINCT reference FROM where_wrong", "json")
+    assert {row["reference"] for row in json.loads(run)} == {"small", "fast", "other"}

@@ -142,6 +142,26 @@ def test_bytes_are_charged_at_the_pace_that_the_baseline_read_them(tmp_path: Pat
     assert verdicts["fast"]["decode_bound"] == pytest.approx(3)
 
 
+def test_a_call_bound_by_its_operations_is_bounded_by_all_that_it_counts(tmp_path: Path) -> None:
+    # Nothing is known about forwards and the prefill, and nothing is needed.
+    silent = {"prefill_seconds": None, "bound_seconds": None}
+    samples = [
+        dataclasses.replace(sample, **silent, flops={"cell-plain": 6e9, "cell-fast": 4e9}[cell])
+        for sample in two_items()
+        for cell in [sample.cell_id]
+    ]
+    samples[0] = dataclasses.replace(samples[0], flops=12e9)
+    facts = {"bound_by": "operations", "output_unit": "answer"}
+    verdicts, _ = summary_of(tmp_path / "a", samples, items=2, facts=facts)
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx(18e9 / 8e9)
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx(1 / verdicts["fast"]["work_ratio"])
+    assert verdicts["fast"]["bound_ratio"] == pytest.approx(2 / (18 / 8))
+    assert verdicts["plain"]["speedup_bound"] == 1
+    uncounted = [dataclasses.replace(samples[0], flops=None), *samples[1:]]
+    verdicts, _ = summary_of(tmp_path / "b", uncounted, items=2, facts=facts)
+    assert verdicts["fast"]["speedup_bound"] is None
+
+
 def two_items(**fast: Any) -> list[SampleRecord]:
     """Return a baseline of 1.1 and 2.1 s for 11 and 21 tokens, and a method of half that."""
     plain = [

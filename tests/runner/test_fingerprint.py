@@ -38,7 +38,7 @@ def test_no_fingerprint_is_left_of_a_method_that_is_gone():
 
 def test_peers_and_planned_methods_have_none():
     assert "autoregressive" in METHODS
-    assert not {"hf-generate", "gsd"} & set(METHODS)
+    assert not {"hf-generate", "nar"} & set(METHODS)
 
 
 def test_plain_decoding_counts_as_on_paper():
@@ -159,7 +159,7 @@ def test_updating_everything_drops_what_is_gone(path: Path, monkeypatch):
         (["--update"], "--update belongs to --work-only"),
         (["--work-only", "--method", "autoregressive:x=1"], "at a method's defaults"),
         (["--work-only", "--method", "hf-generate"], "no work fingerprint"),
-        (["--work-only", "--method", "gsd"], "planned"),
+        (["--work-only", "--method", "nar"], "planned"),
         (["--work-only", "--method", "autoregresive"], "Did you mean 'autoregressive'"),
     ],
 )

@@ -5,8 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runner import keys
+from runner.keys import PartialDigest, digest, written_pairs
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
 
 
 @pytest.fixture
@@ -40,3 +49,14 @@ def test_a_plug_in_stands_alone(family: Path, tmp_path: Path) -> None:
     (tmp_path / "common_mine.py").write_text("changed")
     assert keys.method_source(tmp_path / "plugin.py") == before
     assert keys.method_source(None) == ""
+
+
+@given(
+    st.dictionaries(st.text(max_size=3), VALUES, max_size=6),
+    st.dictionaries(st.text(max_size=3), VALUES, min_size=1, max_size=4),
+    st.dictionaries(st.text(max_size=3), VALUES, min_size=1, max_size=4),
+)
+def test_a_digest_in_parts_is_the_digest_of_the_whole(common, first, second) -> None:
+    partial = PartialDigest(common)
+    for own in (first, second, first):
+        assert partial(written_pairs(own)) == digest({**common, **own})

@@ -130,6 +130,7 @@ def test_a_check_names_what_there_is(name: str, claim: str, check: Check):
         name_of_task, _ = task_settings(vars(check), scale)  # type: ignore[arg-type]  # one of two
         task = from_table(REGISTRY.load_task(name_of_task), dict(wanted), name_of_task)
         assert {key: task.parameters()[key] for key in wanted} == dict(wanted)
+        assert check.metric in ("", *(metric.name for metric in task.metrics))
     sides: list[tuple[str, Any]] = [(name, check.params), (name, check.paper_params)]
     if check.rival:
         sides.append((check.rival, check.rival_params))
@@ -153,6 +154,17 @@ def test_all_that_a_task_and_model_need_is_one_request():
         "token-recycling:state=session,tree_nodes=auto",
         "token-recycling:tree_nodes=auto",
     ]
+
+
+def test_a_check_of_a_metric_that_its_task_lacks_is_refused():
+    task = "coco-mini:output=point"
+    reproduce._require_metric(REGISTRY, task, "f1")
+    with pytest.raises(UsageError, match=r"'duplicate', which .* Did you mean 'duplicates'\?"):
+        reproduce._require_metric(REGISTRY, task, "duplicate")
+    # Boxes have it, points do not.
+    reproduce._require_metric(REGISTRY, "coco-mini", "f1@mIoU")
+    with pytest.raises(UsageError, match="'f1@mIoU', which 'coco-mini:output=point' does not have"):
+        reproduce._require_metric(REGISTRY, task, "f1@mIoU")
 
 
 def made_check(**changes: Any) -> Check:
@@ -225,7 +237,7 @@ def test_the_papers_model_takes_the_place_of_ours_and_all_items():
 
 
 def test_planned_methods_need_nothing_measured():
-    assert list(reproduce.requests(REGISTRY, ["gsd"])) == []
+    assert list(reproduce.requests(REGISTRY, ["nar"])) == []
 
 
 def test_a_check_with_a_rival_measured_elsewhere_is_measured_afresh(tmp_path: Path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, make_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -93,7 +94,8 @@ def test_commas_inside_brackets_and_quotes_do_not_split():
         (":a=1", "is no spec"),
         ("hf:", "is no spec"),
         ("name:", "is no spec"),
-        ("name:tree_nodes", "'tree_nodes' in 'name:tree_nodes' sets nothing"),
+        ("name:a=1,tree_nodes", "'tree_nodes' in 'name:a=1,tree_nodes' sets nothing"),
+        ("path:x:a=1,tree_nodes", "sets nothing"),
         ("name:a=1,,b=2", "sets nothing"),
         ("name:=1", "sets nothing"),
         ("name:a=1,a=2", "'a' comes twice"),
@@ -316,3 +318,35 @@ def test_a_file_of_the_tree_names_its_class():
     made = make_dataclass("Whatever", [])
     made.__module__ = "methods.decoding.token_recycling"
     assert settings.name_of(made) == "token-recycling"
+
+
+# --- a value without a name ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    unnamed: ClassVar[str] = "task"
+    task: str = ""
+    number: int = 0
+
+
+def test_a_first_value_without_a_name_sets_what_the_class_says():
+    spec = settings.parse_spec("lm-eval:gsm8k,number=3")
+    assert str(spec) == "lm-eval:gsm8k,number=3"
+    built = settings.build(Named, spec.params, "task 'lm-eval'")
+    assert built == Named(task="gsm8k", number=3)
+    assert settings.format_spec(built, "lm-eval") == "lm-eval:number=3,task=gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("named:gsm8k,task=arc", "'task' comes twice"),
+        ("plain:32", "task 'plain': '32' sets nothing: write key=value."),
+    ],
+)
+def test_a_value_without_a_name_is_refused_where_it_sets_nothing_or_twice(text, message):
+    spec = settings.parse_spec(text)
+    cls = {"named": Named, "plain": Plain}[spec.name]
+    with pytest.raises(UsageError, match=re.escape(message)):
+        settings.build(cls, spec.params, f"task {spec.name!r}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
 from models.embedded.scenes.font import CELL, glyphs
-from models.embedded.scenes.generator import MAX_OBJECTS, Scene, templates
+from models.embedded.scenes.generator import MAX_OBJECTS, Scene, generate, templates
 
 # The owner of the text plate's pixels; objects are 1 to MAX_OBJECTS, the background 0.
 TEXT_OWNER = MAX_OBJECTS + 1
@@ -61,6 +62,13 @@ def render(scene: Scene) -> Raster:
             drawn = glyphs()[code].repeat(scale, 0).repeat(scale, 1).astype(bool)
             image[window][drawn] = ink
     return Raster(image.astype(np.uint8), owner)
+
+
+@functools.cache
+def picture(key: str) -> np.ndarray:
+    """Return the picture of a scene by its key, drawn once and kept."""
+    _, family, size, split, index = key.split("/")
+    return render(generate(family, int(size), split, int(index))).image
 
 
 def mask(raster: Raster, place: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from models.embedded.tiny_vlm.text import EOS, VOCABULARY, encode
 BINS = 1000
 MARKERS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 ADDED = (*MARKERS, "[", "]", *(f"<{number}>" for number in range(BINS)))
-NAME_START, NAME_END, BOX_START, BOX_END, _LEFT_BRACKET, _RIGHT_BRACKET = range(
+NAME_START, NAME_END, BOX_START, BOX_END, LEFT_BRACKET, RIGHT_BRACKET = range(
     len(VOCABULARY), len(VOCABULARY) + 6
 )
 FIRST_COORDINATE = len(VOCABULARY) + 6
@@ -48,7 +48,7 @@ def prompt(kind: str, phrases: list[str]) -> str:
 
 def encode_prompt(text: str) -> tuple[int, ...]:
     """Return the ids of a prompt; brackets are tokens of their own."""
-    brackets = {"[": _LEFT_BRACKET, "]": _RIGHT_BRACKET}
+    brackets = {"[": LEFT_BRACKET, "]": RIGHT_BRACKET}
     found: list[int] = []
     for part in text.replace("[", "\0[\0").replace("]", "\0]\0").split("\0"):
         found += [brackets[part]] if part in brackets else encode(part)
@@ -102,7 +102,8 @@ GRAMMAR = detector_format.Grammar(
     box_end=BOX_END,
     coordinates={FIRST_COORDINATE + value: value for value in range(BINS)},
     ends=frozenset((EOS,)),
-    spell=lambda ids: " ".join((*VOCABULARY, *ADDED)[number] for number in ids),
+    # Pieces of a number follow one another without a space.
+    spell=lambda ids: " ".join((*VOCABULARY, *ADDED)[number] for number in ids).replace(" ##", ""),
     encode=encode,
 )
 

@@ -112,6 +112,25 @@ def test_a_finished_vector_takes_no_further_atoms() -> None:
     assert -1 not in found.indices[2].tolist()
 
 
+def test_atoms_that_hardly_differ_keep_the_residual_exact() -> None:
+    # Rows of an embedding share a large mean. Orthogonalised once, the residual grows here.
+    dictionary = gaussian(300, 48) + 300 * gaussian(1, 48, seed=9)
+    vectors = gaussian(20, 48, seed=3)
+    found = orthogonal_matching_pursuit(dictionary, vectors, 24)
+    for indices, norms, vector in zip(found.indices, found.residual_norms, vectors, strict=True):
+        taken = dictionary[indices].double().numpy()
+        weights = np.linalg.lstsq(taken.T, vector.double().numpy(), rcond=None)[0]
+        left = np.linalg.norm(vector.double().numpy() - weights @ taken)
+        assert norms[-1].item() == pytest.approx(left, abs=1e-4 * float(vector.norm()))
+
+
+def test_an_atom_that_depends_on_others_entirely_leaves_a_finished_vector_alone() -> None:
+    dictionary = torch.eye(4)[[0, 0, 1]]
+    found = orthogonal_matching_pursuit(dictionary, torch.tensor([[2.0, 0.0, 0.0, 3.0]]), 3)
+    assert found.indices.tolist() == [[0, -1, -1]]
+    assert found.coefficients.tolist() == [[2, 0, 0]]
+
+
 def test_doubled_atoms_get_no_coefficients_of_rounding_errors() -> None:
     # A plane in ten dimensions: the third atom can only depend on two others.
     plane = gaussian(2, 10)

@@ -49,7 +49,8 @@ def reduced(
     with torch.inference_mode():
         pixels = model.tower.prepare(prompt.image, 1)
         encoded = model.tower.encode(pixels, plan.watch, plan.merging)
-        seen = Seen(model.tower, encoded, torch.zeros(0, 48), 7, {}, lambda phase: None)
+        text = torch.randn(5, 48, generator=torch.Generator().manual_seed(3))
+        seen = Seen(model.tower, encoded, text, 7, {}, lambda phase: None)
         return seen, plan.reduce(seen)
 
 

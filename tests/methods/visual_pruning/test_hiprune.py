@@ -34,8 +34,11 @@ def scores(seed: int, count: int = 36) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
-def chosen(method: HiPrune, middle: Tensor, last: Tensor, budget: int) -> set[int]:
-    found = method.select(middle, last, PLACES, grid=GRID, budget=budget)
+def chosen(
+    method: HiPrune, middle: Tensor, last: Tensor, budget: int, likeness: Tensor | None = None
+) -> set[int]:
+    likeness = torch.zeros(36) if likeness is None else likeness
+    found = method.select(middle, last, likeness, PLACES, grid=GRID, budget=budget)
     assert found.tolist() == sorted(set(found.tolist()))
     assert len(found) == budget
     return set(found.tolist())
@@ -88,6 +91,34 @@ def test_without_neighbours_anchors_take_their_share_of_the_budget() -> None:
     assert found == {*anchors, *rest[:9]}
 
 
+def test_tokens_like_the_text_take_their_share_from_the_registers() -> None:
+    middle, last, likeness = torch.zeros(36), scores(20), -scores(21)
+    middle[14] = 1
+    likeness[[13, 2]] = 1  # one of them is a buffer already
+    method = HiPrune(alpha=0.5, text_share=0.2)
+    found = chosen(method, middle, last, 10, likeness)
+    core = [14, 8, 13, 15, 20]
+    like = [place for place in top_k(likeness, 36).tolist() if place not in core][:2]
+    rest = [place for place in top_k(last, 36).tolist() if place not in (*core, *like)]
+    assert 2 in like
+    assert found == {*core, *like, *rest[:3]}
+    # Without a share the text decides nothing; with all of it, what anchors and buffers leave.
+    plain = HiPrune(alpha=0.5)
+    assert chosen(plain, middle, last, 10, likeness) == chosen(plain, middle, last, 10)
+    everything = chosen(HiPrune(alpha=0.5, text_share=1.0), middle, last, 10, likeness)
+    other = chosen(HiPrune(alpha=0.5, text_share=1.0), middle, scores(22), 10, likeness)
+    assert everything == other > {*core}
+
+
+def test_the_text_is_compared_in_the_decoders_space() -> None:
+    seen, found = reduced(HiPrune(alpha=0.0, keep_ratio=0.4, text_share=1.0), "llava")
+    text = torch.nn.functional.normalize(seen.text.float(), dim=-1).mean(0)
+    cosines = torch.nn.functional.cosine_similarity(seen.projected.float(), text[None])
+    assert isinstance(found, Tensor)
+    assert found.tolist() == sorted(top_k(cosines, len(found)).tolist())
+    assert seen.flops >= 2 * seen.projected.numel()
+
+
 def test_all_eight_neighbours_count_for_the_share() -> None:
     middle = torch.zeros(36)
     middle[14] = 1
@@ -125,7 +156,8 @@ def test_neighbours_that_were_cut_off_are_not_kept() -> None:
     places = torch.arange(12, 30)  # rows 2 to 4 of six
     middle, last = torch.zeros(18), scores(12, 18)
     middle[0] = 1  # place 12, whose upper neighbour 6 is gone
-    found = HiPrune(alpha=0.5).select(middle, last, places, grid=GRID, budget=10)
+    scored = (middle, last, torch.zeros(18))
+    found = HiPrune(alpha=0.5).select(*scored, places, grid=GRID, budget=10)
     assert {0, 1, 6} <= set(found.tolist())
     assert len(found) == 10
 
@@ -151,6 +183,7 @@ def test_hiprune_reads_the_object_layer_and_the_layer_that_feeds_the_projector(
         picked = method.select(
             received[middle_layer][own],
             received[last_layer][own],
+            torch.zeros(len(own)),
             places,
             grid=layout.grid,
             budget=share,
