@@ -201,7 +201,8 @@ class _Round:
         """Return whether all that is waiting is held by another run."""
         for spec in self.waiting:
             with exclusive(self.store, spec.experiment_id) as is_ours:
-                if is_ours:
+                # One that has been delivered in this moment is taken note of by the next launch.
+                if is_ours and not self.store.is_sealed(spec.experiment_id):
                     return False
         return not self.again and bool(self.waiting)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -210,6 +211,8 @@ def test_what_pytest_benchmark_really_writes_comes_in(tmp_path):
         capture_output=True,
         text=True,
         timeout=120,
+        # Processes that share tests measure nothing, and this one is told that it is of that kind.
+        env={key: value for key, value in os.environ.items() if "XDIST" not in key},
     )
     assert done.returncode == 0, done.stdout
     came = take_in_path(tmp_path / "out.json", tmp_path / "store")
