@@ -153,9 +153,10 @@ class _Round:
                 if time.monotonic() > deadline:
                     raise OutOfTime
                 self._launch()
+                had_place = bool(self.flying)
                 for happening in self.backend.happenings(self.fleet.poll_seconds):
                     self._handle(happening)
-                if self.flying or self._others_measure():
+                if had_place or self._others_measure():
                     since = time.monotonic()
                 elif time.monotonic() - since > self.fleet.patience_seconds:
                     self._give_up(self.refusal or f"{self.backend.title} had no machine for it")
