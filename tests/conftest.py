@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Read when the libraries are imported, so it is set before any of them is.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
@@ -18,6 +19,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models here are tiny: a second thread would mostly wait for the first, spinning. The tests of the
 # native kernels ask for two threads themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A test that passes here passes everywhere: the same examples, however busy the machine.
+settings.register_profile(
+    "repeatable", derandomize=True, suppress_health_check=(HealthCheck.too_slow,)
+)
+settings.load_profile("repeatable")
 
 
 def is_local(family: int, address: object) -> bool:
@@ -67,3 +74,12 @@ def _seeded() -> None:
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_models_stay() -> Iterator[None]:
+    """Fail where a file changes the configuration of a tiny model that later files share."""
+    yield
+    if tiny := sys.modules.get("tests.models.tiny"):
+        changed = tiny.changed_modules()
+        assert not changed, f"the tests of this file changed shared models: {', '.join(changed)}"

@@ -5,6 +5,7 @@ That they compute what the model computes is tested with the other sessions in t
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_a_session_refuses_what_does_not_fit() -> None:
 def test_graphs_need_a_gpu_and_positions_that_stand_still() -> None:
     with pytest.raises(Unsupported, match="graphs run on a GPU"):
         tiny_model(kernels="graphs")
-    module = type(tiny_module("llama"))(tiny_module("llama").config)
+    module = copy.deepcopy(tiny_module("llama"))
     module.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(Unsupported, match="dynamic"):
         GraphPool(module)
@@ -90,9 +91,7 @@ def test_graphs_need_a_gpu_and_positions_that_stand_still() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recorded_forwards_give_what_unrecorded_ones_give(architecture: str) -> None:
-    module = type(tiny_module(architecture))(tiny_module(architecture).config).eval()
-    module.load_state_dict(tiny_module(architecture).state_dict())
-    module.to("cuda")
+    module = copy.deepcopy(tiny_module(architecture)).to("cuda")
     graphs = CausalLM(module, NumberTokenizer(), "tiny", kernels="auto")
     plain = CausalLM(module, NumberTokenizer(), "tiny", kernels="transformers")
     assert graphs.kernels == "graphs"

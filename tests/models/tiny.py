@@ -43,6 +43,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", {**_SIZES, "sliding_window": 8}),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
 }
+# What `tiny_module` keeps for all tests of a process, with the configuration that it was made with.
+_MADE: dict[tuple[str, int, str | None], tuple[Any, str]] = {}
 
 
 class NumberTokenizer:
@@ -68,7 +70,21 @@ def tiny_module(architecture: str, seed: int = 0, attention: str | None = None) 
         module = model_class(config)
         sharpen(module, 6.0, biases=0.1)
     torch.random.set_rng_state(state)
+    _MADE[architecture, seed, attention] = module, config.to_json_string()
     return module.eval()
+
+
+def changed_modules() -> list[str]:
+    """Return the shared modules whose configuration a test changed; then all are made anew."""
+    changed = [
+        f"{architecture} (seed {seed})"
+        for (architecture, seed, _), (module, made) in _MADE.items()
+        if module.config.to_json_string() != made
+    ]
+    if changed:
+        tiny_module.cache_clear()
+        _MADE.clear()
+    return changed
 
 
 def tiny_model(
