@@ -18,49 +18,36 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-import numpy as np
-import numpy.typing as npt
 
 from models.base import Unsupported
 from tasks.base import Dataset, Item
 from tasks.checks import check_choice
 from tasks.coco_common import Asked, DetectionTask, Question
 from tasks.coco_data import (
+    WARMUP_COLOURS,
+    WARMUP_SIZE,
     Category,
+    CocoFiles,
     ImageRecord,
     Kind,
-    find_file,
+    Stamped,
     in_drawn_order,
-    plain_picture,
     read_annotations,
-    read_picture,
 )
 
 Phrases = Literal["all", "present"]
-_WARMUP = ("red", "green", "blue", "white")
-_WARMUP_SIZE = 640
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coco(DetectionTask):
+class Coco(CocoFiles, DetectionTask):
     """Objects in photographs; F1 without scores, AP with them.
 
     Attributes:
         phrases: What is asked about an image: `all` categories or those `present`.
-        split: As the files call it.
-        folder: Holds `annotations` and the split's images; empty for `coco` in tokenmark's cache.
-        data_set: Id of a data set on the hub with the same files, for those that the folder lacks.
-        revision: Of the data set on the hub; a commit is what reproduces.
     """
 
     phrases: Phrases = "all"
-    split: str = "val2017"
-    folder: str = ""
-    data_set: str = ""
-    revision: str = "main"
 
     version = "1.0"
     data = Dataset(source="cocodataset.org", revision="2017", split="val2017", license="CC-BY-4.0")
@@ -83,43 +70,25 @@ class Coco(DetectionTask):
 
     def warmup_items(self) -> Iterator[Item]:
         """Yield plain pictures, which are in no data set, with all categories asked."""
-        for number, colour in enumerate(_WARMUP):
-            image = ImageRecord(-1 - number, colour, _WARMUP_SIZE, _WARMUP_SIZE)
+        for number, colour in enumerate(WARMUP_COLOURS):
+            image = ImageRecord(-1 - number, colour, WARMUP_SIZE, WARMUP_SIZE)
             phrases = tuple(category.name for category in self.categories())
             question = Question(image, phrases, ())
             yield self.item(f"warmup/{number}", question, self.categories())
 
-    def pixels(self, item: Item) -> npt.NDArray[np.uint8]:
-        """Decode an item's image file.
-
-        Raises:
-            Unsupported: It is not to be had, or is no image of the size that the annotations say.
-        """
-        file, size = item.fields["file"], (item.fields["width"], item.fields["height"])
-        if item.id.startswith("warmup/"):
-            return plain_picture(file, size)
-        path = find_file(self.folder, self.data_set, file, self.revision)
-        return read_picture(path, size)
-
     def _asked(self) -> Asked:
         kind: Kind = "person_keypoints" if self.output == "keypoint" else "instances"
-        name = f"annotations/{kind}_{self.split}.json"
-        path = find_file(self.folder, self.data_set, name, self.revision)
-        state = path.stat()
-        return _read(path, kind, self.split, self.phrases, state.st_mtime_ns, state.st_size)
+        return _read(self.annotation_file(kind), kind, self.split, self.phrases)
 
 
 @functools.lru_cache(maxsize=2)
-def _read(
-    path: Path, kind: Kind, split: str, phrases: Phrases, modified_ns: int, size: int
-) -> Asked:
+def _read(source: Stamped, kind: Kind, split: str, phrases: Phrases) -> Asked:
     """Return what a file asks, read once as long as the file is the same."""
-    del modified_ns, size  # part of the key alone
-    file = read_annotations(path, kind)
+    file = read_annotations(source.path, kind)
     with_points = kind == "person_keypoints"
     categories = tuple(c for c in file.categories.values() if c.keypoints or not with_points)
     if not categories:
-        raise Unsupported(f"no category of {path} has key points.")
+        raise Unsupported(f"no category of {source.path} has key points.")
     names = {each.id: each.name for each in categories}
     questions = []
     for image in in_drawn_order(file.images.values()):

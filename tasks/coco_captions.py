@@ -13,41 +13,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from models.base import Unsupported
 from tasks.base import Dataset, Item
 from tasks.captions_common import Captioned, CaptionTask
 from tasks.coco_data import (
-    find_file,
+    WARMUP_COLOURS,
+    WARMUP_SIZE,
+    CocoFiles,
+    Stamped,
     in_drawn_order,
-    plain_picture,
     read_annotations,
-    read_picture,
 )
-
-_WARMUP = ("red", "green", "blue", "white")
-_WARMUP_SIZE = 640
 
 
 @dataclass(frozen=True, kw_only=True)
-class CocoCaptions(CaptionTask):
-    """Captions of photographs; CIDEr-D against people's.
-
-    Attributes:
-        split: As the files call it.
-        folder: Holds `annotations` and the split's images; empty for `coco` in tokenmark's cache.
-        data_set: Id of a data set on the hub with the same files, for those that the folder lacks.
-        revision: Of the data set on the hub; a commit is what reproduces.
-    """
-
-    split: str = "val2017"
-    folder: str = ""
-    data_set: str = ""
-    revision: str = "main"
+class CocoCaptions(CocoFiles, CaptionTask):
+    """Captions of photographs; CIDEr-D against people's."""
 
     version = "1.0"
     data = Dataset(source="cocodataset.org", revision="2017", split="val2017", license="CC-BY-4.0")
@@ -58,34 +40,19 @@ class CocoCaptions(CaptionTask):
         Raises:
             Unsupported: The annotation file is not to be had, or is damaged; says what to do.
         """
-        name = f"annotations/captions_{self.split}.json"
-        path = find_file(self.folder, self.data_set, name, self.revision)
-        state = path.stat()
-        return _read(path, self.split, state.st_mtime_ns, state.st_size)
+        return _read(self.annotation_file("captions"), self.split)
 
     def warmup_items(self) -> Iterator[Item]:
         """Yield plain pictures, which are in no data set."""
-        for number, colour in enumerate(_WARMUP):
-            size = (_WARMUP_SIZE, _WARMUP_SIZE)
+        for number, colour in enumerate(WARMUP_COLOURS):
+            size = (WARMUP_SIZE, WARMUP_SIZE)
             yield self.item(Captioned(f"warmup/{number}", colour, *size, ("a colour",)))
-
-    def pixels(self, item: Item) -> npt.NDArray[np.uint8]:
-        """Decode an item's image file.
-
-        Raises:
-            Unsupported: It is not to be had, or is no image of the size that the annotations say.
-        """
-        file, size = item.fields["file"], (item.fields["width"], item.fields["height"])
-        if item.id.startswith("warmup/"):
-            return plain_picture(file, size)
-        return read_picture(find_file(self.folder, self.data_set, file, self.revision), size)
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: Path, split: str, modified_ns: int, size: int) -> tuple[Captioned, ...]:
+def _read(source: Stamped, split: str) -> tuple[Captioned, ...]:
     """Return what a file asks, read once as long as the file is the same."""
-    del modified_ns, size  # part of the key alone
-    file = read_annotations(path, "captions")
+    file = read_annotations(source.path, "captions")
     found = tuple(
         Captioned(
             str(image.id),
@@ -98,5 +65,5 @@ def _read(path: Path, split: str, modified_ns: int, size: int) -> tuple[Captione
         if file.captions[image.id]
     )
     if not found:
-        raise Unsupported(f"{path} holds no caption.")
+        raise Unsupported(f"{source.path} holds no caption.")
     return found

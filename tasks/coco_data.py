@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from models.base import Unsupported
 from models.cache import cache_dir
+from tasks.base import Item
 from tasks.hub import hub_file
 
 Kind = Literal["instances", "person_keypoints", "captions"]
@@ -136,6 +137,66 @@ def find_file(folder: str, data_set: str, name: str, revision: str) -> Path:
         raise Unsupported(
             f"{place} holds no {name}, and the data set {data_set} did not give it: {error}"
         ) from error
+
+
+class Stamped(NamedTuple):
+    """A file as it is now: what was read from it holds as long as this is the same.
+
+    Attributes:
+        path: Of the file.
+        modified_ns: Last change, nanoseconds since 1970.
+        size: Bytes.
+    """
+
+    path: Path
+    modified_ns: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoFiles:
+    """What tasks on COCO's files have in common: where the files are, and their pictures.
+
+    Attributes:
+        split: As the files call it.
+        folder: Holds `annotations` and the split's images; empty for `coco` in tokenmark's cache.
+        data_set: Id of a data set on the hub with the same files, for those that the folder lacks.
+        revision: Of the data set on the hub; a commit is what reproduces.
+    """
+
+    split: str = "val2017"
+    folder: str = ""
+    data_set: str = ""
+    revision: str = "main"
+
+    def annotation_file(self, kind: Kind) -> Stamped:
+        """Return the split's annotation file.
+
+        Raises:
+            Unsupported: It is not to be had; says what to do.
+        """
+        path = self._find(f"annotations/{kind}_{self.split}.json")
+        state = path.stat()
+        return Stamped(path, state.st_mtime_ns, state.st_size)
+
+    def pixels(self, item: Item) -> npt.NDArray[np.uint8]:
+        """Decode an item's image file.
+
+        Raises:
+            Unsupported: It is not to be had, or is no image of the size that the annotations say.
+        """
+        file, size = item.fields["file"], (item.fields["width"], item.fields["height"])
+        if item.id.startswith("warmup/"):
+            return plain_picture(file, size)
+        return read_picture(self._find(file), size)
+
+    def _find(self, name: str) -> Path:
+        return find_file(self.folder, self.data_set, name, self.revision)
+
+
+WARMUP_COLOURS = ("red", "green", "blue", "white")
+"""Pictures for warming up: `pixels` of an item `warmup/...` is its file's name as a colour."""
+WARMUP_SIZE = 640
 
 
 def in_drawn_order(images: Iterable[ImageRecord]) -> list[ImageRecord]:

@@ -70,6 +70,25 @@ def test_a_caption_that_is_its_only_reference_has_every_score() -> None:
         assert rules.bleu(rules.bleu_counts(nothing, references[0])) < 1e-6
 
 
+def test_saying_a_word_again_gains_nothing() -> None:
+    # The example of BLEU's paper, section 2.1: two of seven, and the reference of seven is nearer.
+    the, references = (
+        ["the"] * 7,
+        [words("the cat is on the mat"), words("there is a cat on the mat")],
+    )
+    counts = rules.bleu_counts(the, references)
+    assert (counts[0], counts[4], counts[-1]) == (2, 7, 7)
+    assert rules.bleu_counts(words("a b c d e"), [["a"] * 2, ["a"] * 6])[-1] == 6
+    assert rules.bleu_counts(words("a b c d e"), [["a"] * 6, ["a"] * 4])[-1] == 4
+    # One of two words of the reference is there once.
+    assert rules.rouge_l(["a"], [["a", "a"]]) == pytest.approx(2.44 * 0.5 / (0.5 + 1.44))
+    assert rules.rouge_l(words("a a b"), [words("b a a")]) == pytest.approx(2 / 3)
+    # Every n-gram weighs log 2: "dog" counts once of twice, over lengths of 2 and the root of 2.
+    rarity = rules.Rarity.of([[words("dog cat")], [words("one two")]])
+    found = rules.cider(words("dog dog"), [words("dog cat")], rarity)
+    assert found == pytest.approx(10 / 4 / (2 * 2**0.5))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

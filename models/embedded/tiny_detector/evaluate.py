@@ -9,7 +9,7 @@ precision with score = exp(mean log-probability of the box's tokens).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,9 +63,14 @@ def requests(split: str, count: int, kind: str, *, all_shapes: bool) -> list[Req
 
 @torch.no_grad()
 def ask(
-    model: TinyVlm, asked: list[Request], device: torch.device, batch: int = 128, limit: int = 110
+    model: TinyVlm,
+    asked: list[Request],
+    device: torch.device,
+    batch: int = 128,
+    limit: int = 110,
+    **sampling: Any,
 ) -> list[Reply]:
-    """Answer requests greedily."""
+    """Answer requests, greedily unless `sampling` says otherwise as `rollout` takes it."""
     replies: list[Reply] = []
     renderer, start = Renderer(data.SIZE, device), prompt_start(device)
     for first in range(0, len(asked), batch):
@@ -74,7 +79,7 @@ def ask(
         image = renderer.render(torch.from_numpy(packed).to(device)).image
         visual = visual_embeddings(model, image)
         prompts = [encode_prompt(prompt(request.kind, request.phrases)) for request in part]
-        replies += rollout(model, visual, start, prompts, limit=limit)
+        replies += rollout(model, visual, start, prompts, limit=limit, **sampling)
     return replies
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from hardware.profile import Profile
 from methods.base import Method
+from methods.grounding.coordinate_digits import CoordinateDigits
 from methods.grounding.detect import Detect
 from methods.grounding.rex_omni import RexOmni
 from methods.grounding.set_prediction import SetPrediction
@@ -23,7 +24,7 @@ from runner.conformance_base import PROFILE
 from runner.conformance_vision import picture, tiny_detector
 
 CPU: Profile = PROFILE
-DECODING = Decoding(max_new_tokens=110)
+DECODING = Decoding(max_new_tokens=200)
 IMAGE = picture("noise", 24, 48)
 SCENE = generate("shapes", 96, "test", 2)
 
@@ -60,6 +61,36 @@ def test_all_phrases_are_in_one_request_where_the_baseline_asks_one_by_one():
 def test_four_tokens_say_where_a_box_is():
     notes = found_in_scene(RexOmni()).trace.notes
     assert notes["coordinate_tokens"] == 4 * int(notes["instances"]) > 0
+
+
+def test_a_box_in_digits_takes_some_four_times_the_tokens_of_a_box_in_coordinate_tokens():
+    tokens, digits = found_in_scene(RexOmni()), found_in_scene(CoordinateDigits())
+    assert [len(each) for each in digits.found] == [len(each) for each in tokens.found]
+    overlaps: list[float] = []
+    for written, read in zip(tokens.found, digits.found, strict=True):
+        if written:
+            one, other = (np.array([each.coordinates for each in some]) for some in (written, read))
+            overlaps += intersection_over_union(one, other).max(1).tolist()
+    # Trained for much less than the model that it changes: every other box is about right.
+    assert np.mean(np.array(overlaps) > 0.5) >= 0.5
+    instances = int(digits.trace.notes["instances"])
+    assert 3.5 < int(digits.trace.notes["coordinate_tokens"]) / (4 * instances) < 4.5
+    assert len(digits.token_ids) > 1.5 * len(tokens.token_ids)
+
+
+def test_digits_change_the_detector_only_while_they_are_applied():
+    before = found_by(RexOmni(), trained(), IMAGE, ("star",), "box", DECODING)
+    assert found_by(CoordinateDigits(), trained(), IMAGE, ("star",), "box", DECODING)
+    after = found_by(RexOmni(), trained(), IMAGE, ("star",), "box", DECODING)
+    assert after.token_ids == before.token_ids
+    with (
+        pytest.raises(Unsupported, match="trained weights belong to tiny-detector"),
+        CoordinateDigits().apply(random_detector(), CPU),
+    ):
+        pass
+    request = (IMAGE, ("star",), "box", Decoding(max_new_tokens=40))
+    free = found_by(CoordinateDigits(weights="none"), random_detector(), *request)
+    assert free.token_ids == found_by(RexOmni(), random_detector(), *request).token_ids
 
 
 def test_scores_as_published_are_none():
@@ -121,7 +152,7 @@ def test_methods_of_writing_detectors_refuse_others():
 
         def synchronize(self) -> None: ...
 
-    for method in (RexOmni(), SetPrediction()):
+    for method in (RexOmni(), SetPrediction(), CoordinateDigits()):
         with (
             pytest.raises(Unsupported, match=r"needs a vision-language model.*'other' is a Other"),
             method.apply(Other(), CPU),  # type: ignore[arg-type]  # what is tested
