@@ -14,7 +14,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from models.base import (
     Unsupported,
     WindowOutput,
 )
-from models.device import OnDevice
+from models.device import OnDevice, linear_parameters
 from models.embedded.tiny_ar_image.model import ImageDecoder, ImageTokenizer, KVCache, guided
 from models.wrapper import Around
 
@@ -268,6 +268,35 @@ class RasterLoop:
             probabilities = pipeline.probabilities(output, places[place : place + 1])[:, 0]
             tokens[:, place] = draw_tokens(probabilities, uniforms[:, place])
         return tokens
+
+
+class Begun(NamedTuple):
+    """A batch of images with its first tokens.
+
+    Attributes:
+        tokens: (rows, image_tokens), int64; those at place 0 are drawn, the rest is room.
+        law: That they were drawn from, (rows, 1, vocab).
+    """
+
+    tokens: Tensor
+    law: Tensor
+
+
+def begin_images(
+    model: AutoregressiveImageModel,
+    session: ImageSession,
+    pipeline: TokenPipeline,
+    draws: ImageDraws,
+) -> Begun:
+    """Read the conditions and draw the first token of each image; arguments as in `TokenLoop.run`.
+
+    It takes one number of each row, as plain decoding does for the token.
+    """
+    shape = (session.rows, model.facts.image_tokens)
+    tokens = torch.empty(shape, dtype=torch.int64, device=model.device)
+    law = pipeline.probabilities(session.prefill(), [0])
+    tokens[:, 0] = draw_tokens(law[:, 0], draws.uniforms().to(model.device))
+    return Begun(tokens, law)
 
 
 def generate_images(
@@ -674,14 +703,9 @@ def class_labels(conditions: Sequence[Condition], classes: int, name: str) -> li
     return labels
 
 
-def linear_weights(module: Any) -> int:
-    """Return the number of weights in all matrices that a module multiplies with."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-
 def _facts(decoder: ImageDecoder, image_tokenizer: ImageTokenizer) -> ImageTokenFacts:
     config, weight = decoder.config, decoder.output.weight
-    matrices = linear_weights(decoder)
+    matrices = linear_parameters(decoder)
     side = config.grid * image_tokenizer.config.factor
     return ImageTokenFacts(
         vocab_size=config.vocab_size,

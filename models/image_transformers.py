@@ -38,14 +38,13 @@ from models.base import (
     Unsupported,
     WindowOutput,
 )
-from models.device import OnDevice
+from models.device import OnDevice, linear_parameters
 from models.embedded.tiny_ar_image.model import to_bytes
 from models.image_generation import (
     AnywhereAnything,
     CountingSession,
     RasterLoop,
     generate_images,
-    linear_weights,
 )
 
 if TYPE_CHECKING:
@@ -152,8 +151,8 @@ class CaptionedImages(OnDevice):
         """
         config = self.language_model.config
         weight = next(self.language_model.parameters())
-        own = linear_weights(head)
-        matrices = linear_weights(self.language_model) + own
+        own = linear_parameters(head)
+        matrices = linear_parameters(self.language_model) + own
         heads = config.num_attention_heads
         last = [part for part in head.modules() if isinstance(part, torch.nn.Linear)][-1]
         return ImageTokenFacts(

@@ -19,6 +19,7 @@ class VisualARMethod(Method[ImageGenerator]):
     """A method that is a loop over the tokens of images."""
 
     capability = "ImageGenerator"
+    owns_loop = True
 
     @abstractmethod
     def loop(self, model: AutoregressiveImageModel, hardware: Profile) -> TokenLoop:

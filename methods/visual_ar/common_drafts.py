@@ -11,21 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods.visual_ar.common_verification import (
-    ExactRule,
-    Tally,
-    overlap,
-    verify_chain,
+from methods.visual_ar.common_verification import ExactRule, Tally, verify_chain
+from models.base import (
+    AutoregressiveImageModel,
+    Condition,
+    Forward,
+    ImageSession,
+    ImageTokenFacts,
+    Trace,
+    Unsupported,
 )
-from models.base import AutoregressiveImageModel, Condition, ImageSession, Trace, Unsupported
+from models.device import linear_parameters
 from models.embedded.tiny_ar_image.drafter import FeatureDrafter, load_drafter
 from models.embedded.tiny_ar_image.model import DecoderConfig, ImageDecoder, KVCache, guided
 from models.image_generation import (
     AutoregressiveImages,
     ImageDraws,
     TokenPipeline,
+    begin_images,
     draw_tokens,
-    linear_weights,
 )
 from models.loading import LoadSettings, ModelError, fetch, load
 
@@ -130,6 +134,7 @@ class ChainLoop:
 
     Attributes:
         headroom: None: drafts end with the image.
+        tally: The drafts judged so far, by their place in the chain.
         notes: Acceptance, and the draft's share of the target's weights.
     """
 
@@ -144,13 +149,13 @@ class ChainLoop:
         """
         self._draft = draft
         self._length = length
-        self._tally = Tally()
+        self.tally = Tally()
         self._share = 0.0
 
     @property
     def notes(self) -> Mapping[str, float | int | str]:
         """What became of the drafts."""
-        return {**self._tally.notes, "draft_share": self._share}
+        return {**self.tally.notes, "draft_share": self._share}
 
     def run(
         self,
@@ -165,9 +170,7 @@ class ChainLoop:
         device = model.device
         self._share = self._draft.facts.weight_bytes / model.facts.weight_bytes
         tests, guesses = draws.stream("tests"), draws.stream("drafts")
-        tokens = torch.empty(rows, total, dtype=torch.int64, device=device)
-        first = pipeline.probabilities(session.prefill(), [0])
-        tokens[:, 0] = draw_tokens(first[:, 0], draws.uniforms().to(device))
+        tokens, _ = begin_images(model, session, pipeline, draws)
         known = 1
         work = Trace()
         writer = self._draft.session(
@@ -184,11 +187,9 @@ class ChainLoop:
             uniforms = torch.cat([tests.uniforms(count), draws.uniforms(1)], dim=1).to(device)
             verified = verify_chain(ExactRule(), found, laws, drafted, uniforms)
             commit = int(verified.accepted.min()) + 1
-            if count:
-                slots = torch.arange(count, device=device)
-                judged = (slots <= verified.accepted[:, None]) & (slots < commit)
-                self._tally.add(verified.chances, overlap(found[:, :-1], laws), judged)
-                self._tally.fallbacks += int(verified.fell_back.sum())
+            slots = torch.arange(count, device=device)
+            judged = (slots <= verified.accepted[:, None]) & (slots < commit)
+            self.tally.add_chain(verified, found, laws, judged)
             here = torch.cat([drafted, drafted[:, :1] if count else tokens[:, :1]], dim=1)
             here.scatter_(1, verified.accepted[:, None], verified.tokens[:, None])
             tokens[:, known : known + commit] = here[:, :commit]
@@ -196,9 +197,7 @@ class ChainLoop:
             session.trace.accepted += [commit - 1] * rows
             known += commit
             writer.crop(min(writer.length, known - 1))
-        session.trace.draft_forwards += len(work.prefill) + len(work.forwards)
-        session.trace.flops += work.flops
-        session.trace.kv_bytes += work.kv_bytes
+        count_drafting(session.trace, work)
         return tokens
 
     def _drafts(
@@ -296,8 +295,8 @@ class FeatureDrafting:
     """A drafter on one image: what it has read, and the branches that it is growing.
 
     Attributes:
-        forwards: Its forwards so far.
-        flops: Their operations, the target's head included; a multiply-add counts two.
+        facts: Sizes of the drafter with the target's head, for counting work.
+        work: Its forwards so far, with their operations and cache bytes, of both branches.
     """
 
     def __init__(
@@ -331,10 +330,8 @@ class FeatureDrafting:
         )
         self._read = 0
         self._sees = torch.zeros(0, 0, dtype=torch.bool, device=target.device)
-        weights = linear_weights(drafter) + target.facts.head_parameters
-        self._flops_a_token = 2.0 * weights * self._branches
-        self.forwards = 0
-        self.flops = 0.0
+        self.facts = drafter_facts(drafter, target.facts)
+        self.work = Trace()
 
     def begin_step(self, tokens: Tensor, features: Tensor) -> Guess:
         """Read committed tokens behind the target's features, and guess what follows the last.
@@ -386,6 +383,31 @@ class FeatureDrafting:
         guessed = self._drafter(embedded, features, positions, cache=self._cache, mask=mask)
         logits = self._target.head(guessed)
         merged = guided(logits, self._scale) if self._branches == 2 else logits
-        self.forwards += 1
-        self.flops += self._flops_a_token * len(tokens)
+        forward = Forward(len(tokens), self._cache.length - len(tokens))
+        self.work.forwards.append(forward)
+        self.work.flops += self._branches * self.facts.flops(forward)
+        self.work.kv_bytes += self._branches * self.facts.kv_read(forward)
         return Guess(guessed, merged[0])
+
+
+def drafter_facts(drafter: FeatureDrafter, target: ImageTokenFacts) -> ImageTokenFacts:
+    """Return the sizes of a feature drafter under its target's head: what a forward of it costs."""
+    config = drafter.config
+    matrices = linear_parameters(drafter) + target.head_parameters
+    weight_bytes = matrices * drafter.fc.weight.element_size()
+    return replace(
+        target,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        num_kv_heads=config.heads,
+        head_dim=config.head_dim,
+        matrix_parameters=matrices,
+        weight_bytes=weight_bytes,
+    )
+
+
+def count_drafting(trace: Trace, work: Trace) -> None:
+    """Add the work of a draft to the trace of its target's session."""
+    trace.draft_forwards += len(work.prefill) + len(work.forwards)
+    trace.flops += work.flops
+    trace.kv_bytes += work.kv_bytes

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from methods.visual_ar.common_drafts import FeatureDrafting, Guess
+from methods.visual_ar.common_drafts import FeatureDrafting, Guess, count_drafting
 from methods.visual_ar.common_verification import (
     NeighbourRule,
     Tally,
@@ -23,19 +23,30 @@ from models.draft_tree import ROOT_ONLY, Topology
 from models.embedded.tiny_ar_image.drafter import FeatureDrafter
 from models.image_generation import ImageDraws, TokenPipeline, draw_tokens
 
-Tree = Literal["dynamic", "static", "chain"]
+Tree = Literal["dynamic", "static", "static-57", "chain"]
 Numbers = Callable[[int], Tensor]
 """Returns the next numbers in [0, 1) of an image's stream."""
 
-# How many children the nodes at each rank path of EAGLE's tree have; leaves are left out.
-_STATIC_CHILDREN: Mapping[str, int] = {
-    **{"": 4, "0": 3, "1": 2, "2": 2, "3": 1},
-    **{"00": 3, "01": 2, "02": 2, "10": 1},
-    **{"000": 3, "0000": 2},
+# How many children the nodes at each rank path of a static tree have; leaves are left out.
+_STATIC_CHILDREN: Mapping[Tree, Mapping[str, int]] = {
+    "static": {
+        **{"": 4, "0": 3, "1": 2, "2": 2, "3": 1},
+        **{"00": 3, "01": 2, "02": 2, "10": 1},
+        **{"000": 3, "0000": 2},
+    },
+    "static-57": {
+        **{"": 5, "0": 4, "1": 3, "2": 3, "3": 2, "4": 1},
+        **{"00": 4, "01": 3, "02": 3, "03": 2, "10": 2, "11": 1, "20": 1},
+        **{"000": 4, "001": 3, "002": 2, "003": 1, "010": 2, "011": 1, "020": 1},
+        **{"0000": 3, "0001": 2, "0010": 2, "0011": 1, "0020": 1},
+    },
 }
-STATIC_TREE = Topology.from_rank_paths(
-    (*map(int, parent), rank) for parent, count in _STATIC_CHILDREN.items() for rank in range(count)
-)
+STATIC_TREES: Mapping[Tree, Topology] = {
+    name: Topology.from_rank_paths(
+        (*map(int, parent), rank) for parent, count in children.items() for rank in range(count)
+    )
+    for name, children in _STATIC_CHILDREN.items()
+}
 
 
 class TreeShape(NamedTuple):
@@ -43,7 +54,7 @@ class TreeShape(NamedTuple):
 
     Attributes:
         tree: `dynamic`: the likeliest nodes by the drafter's own probabilities; `static`: EAGLE's
-            25 nodes; `chain`: one branch.
+            25 nodes; `static-57`: LANTERN's extension of it; `chain`: one branch.
         nodes: Drafts of a dynamic tree.
         depth: Most levels.
         branching: Children of a node, and nodes expanded a level, of a dynamic tree.
@@ -59,7 +70,7 @@ class TreeShape(NamedTuple):
         """Drafts of the largest tree."""
         if self.tree == "dynamic":
             return self.nodes
-        return self.template.max_depth if self.tree == "chain" else len(self.template) - 1
+        return len(self.template) - 1
 
     @property
     def most_read(self) -> int:
@@ -71,7 +82,7 @@ class TreeShape(NamedTuple):
     @property
     def template(self) -> Topology:
         """The shape of trees that are not dynamic."""
-        return Topology.chain(self.depth) if self.tree == "chain" else STATIC_TREE
+        return Topology.chain(self.depth) if self.tree == "chain" else STATIC_TREES[self.tree]
 
 
 class Proposal(NamedTuple):
@@ -96,10 +107,12 @@ class FeatureTreeLoop:
 
     Attributes:
         headroom: Drafts of the largest tree.
-        notes: Acceptance and its excess over the exact rule's. Where drafts were chosen, the test
-            of a node is whether any child stands, and the exact chance what p gives to all of them;
-            where they were drawn, it is the test of a node's first child. Either way the excess is
-            a lower bound of the shift of the token emitted there.
+        tally: The nodes judged so far, by the level of their children.
+        notes: Acceptance, its excess over the exact rule's, and the drafter's share of the target's
+            weights, the head included. Where drafts were chosen, the test of a node is whether any
+            child stands, and the exact chance what p gives to all of them; where they were drawn,
+            it is the test of a node's first child. Either way the excess is a lower bound of the
+            shift of the token emitted there.
     """
 
     def __init__(self, rule: NeighbourRule, drafter: FeatureDrafter, shape: TreeShape) -> None:
@@ -113,13 +126,14 @@ class FeatureTreeLoop:
         self._rule = rule
         self._drafter = drafter
         self._shape = shape
-        self._tally = Tally()
+        self.tally = Tally()
+        self._share = 0.0
         self.headroom = shape.most_nodes
 
     @property
     def notes(self) -> Mapping[str, float | int | str]:
         """What became of the drafts."""
-        return self._tally.notes
+        return {**self.tally.notes, "draft_share": self._share}
 
     def run(
         self,
@@ -145,7 +159,7 @@ class FeatureTreeLoop:
                 rule=self._rule,
                 drafter=self._drafter,
                 shape=self._shape,
-                tally=self._tally,
+                tally=self.tally,
                 model=model,
                 session=own,
                 pipeline=pipeline,
@@ -154,6 +168,7 @@ class FeatureTreeLoop:
                 drawing=partial(drafts.uniform, row),
             )
             images.append(image.draw())
+            self._share = image.drafting.facts.weight_bytes / model.facts.weight_bytes
         return torch.stack(images)
 
 
@@ -209,8 +224,7 @@ class _Image:
             features = output.hidden[:, verified.path]
             self.session.keep(known - 1, verified.path)
             self.session.trace.accepted.append(len(new) - 1)
-        self.session.trace.draft_forwards += self.drafting.forwards
-        self.session.trace.flops += self.drafting.flops
+        count_drafting(self.session.trace, self.drafting.work)
         return torch.tensor(image, device=device)
 
     # -- growing
@@ -351,14 +365,19 @@ class _Image:
             if not children:
                 continue
             law = laws[node]
+            tokens = nodes[list(children)]
+            borrowed, _, taken = self.rule.borrowed(law.expand(len(tokens), -1), tokens)
+            # Neighbours of no probability are taken by any budget, also by none.
+            self.tally.add_borrowed(taken & (borrowed > 0)[:, None])
             if proposal.draft is None:
-                stands = torch.tensor(float(step + 1 < len(found.path)))
-                exact = law[nodes[list(children)]].sum()
+                stands = torch.tensor(float(step + 1 < len(found.path)), device=law.device)
+                exact = law[tokens].sum()
             else:
                 draft = proposal.draft[node]
-                stands = self.rule.acceptance(law, draft, nodes[children[0]])
+                stands = self.rule.acceptance(law, draft, tokens[0])
                 exact = overlap(law, draft)
-            self.tally.add(stands[None, None], exact[None, None], torch.ones(1, 1).bool())
+            test = torch.ones(1, 1, dtype=torch.bool, device=law.device)
+            self.tally.add(stands[None, None], exact[None, None], test, first_depth=step + 1)
         self.tally.fallbacks += found.fallbacks
 
 

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.visual_ar.common_verification import Rule, Tally, overlap, verify_chain
+from methods.visual_ar.common_verification import Rule, Tally, verify_chain
 from models.base import AutoregressiveImageModel, Condition, ImageSession
-from models.image_generation import ImageDraws, TokenPipeline, draw_tokens
+from models.image_generation import ImageDraws, TokenPipeline, begin_images, draw_tokens
 
 Initialisation = Literal[
     "random", "repeat-left", "sample-left", "top-left", "repeat-above", "sample-above"
@@ -45,6 +45,7 @@ class JacobiLoop:
 
     Attributes:
         headroom: None: the window ends with the image.
+        tally: The guesses judged so far, by place in the window and by age.
         notes: Acceptance, its excess over the exact rule's, and commits.
     """
 
@@ -73,13 +74,13 @@ class JacobiLoop:
         self._window = window
         self._initialisation = initialisation
         self._ranks_logits = ranks_logits
-        self._tally = Tally()
+        self.tally = Tally()
         self._most = 0
 
     @property
     def notes(self) -> Mapping[str, float | int | str]:
         """What became of the guesses."""
-        return {**self._tally.notes, "most_committed": self._most}
+        return {**self.tally.notes, "most_committed": self._most}
 
     def run(
         self,
@@ -96,19 +97,19 @@ class JacobiLoop:
         # emitted take one number a forward: without guesses they are those of plain decoding.
         tests, redraws = draws.stream("tests"), draws.stream("guesses")
         ranking = replace(pipeline, sampling=replace(pipeline.sampling, temperature=1.0))
-        tokens = torch.empty(rows, total, dtype=torch.int64, device=device)
-        first = pipeline.probabilities(session.prefill(), [0])
-        tokens[:, 0] = draw_tokens(first[:, 0], draws.uniforms().to(device))
+        tokens, first = begin_images(model, session, pipeline, draws)
         known = 1
         filler = _Filler(model, pipeline, draws.stream("new places"), self._initialisation)
         filler.see(first, 0)
         guesses = tokens[:, :0]
         laws = first[:, :0]
+        ages: list[int] = []  # forwards that have redrawn each guess; the same in all rows
         # Guesses at the head of each row's window that were judged already, in a longer commit.
         settled = torch.zeros(rows, dtype=torch.int64, device=device)
         while known < total:
             count = min(self._window - 1, total - known - 1)
             guesses, laws = filler.fill(tokens[:, :known], guesses, laws, count)
+            ages = (ages + [0] * count)[:count]
             output = session.forward(torch.cat([tokens[:, known - 1 : known], guesses], dim=1))
             places = range(known, known + count + 1)
             found = pipeline.probabilities(output, places)
@@ -120,10 +121,8 @@ class JacobiLoop:
             verified = verify_chain(self._rule, found, laws, guesses, numbers, scores=scores)
             slots = torch.arange(count + 1, device=device)
             accepted = verified.accepted[:, None]
-            if count:
-                judged = (slots[:-1] <= accepted) & (slots[:-1] >= settled[:, None])
-                self._tally.add(verified.chances, overlap(found[:, :-1], laws), judged)
-                self._tally.fallbacks += int(verified.fell_back.sum())
+            judged = (slots[:-1] <= accepted) & (slots[:-1] >= settled[:, None])
+            self.tally.add_chain(verified, found, laws, judged, ages=ages)
             fresh = draw_tokens(found, redraws.uniforms(count + 1).to(device))
             here = torch.where(slots < accepted, F.pad(guesses, (0, 1)), fresh)
             here = torch.where(slots == accepted, verified.tokens[:, None], here)
@@ -131,6 +130,8 @@ class JacobiLoop:
             tokens[:, known : known + commit] = here[:, :commit]
             settled = verified.accepted + 1 - commit
             guesses, laws = here[:, commit:], found[:, commit:]
+            # Behind the last guess stands one more, of a place that was not in the window yet.
+            ages = [age + 1 for age in [*ages, 0][commit:]]
             session.crop(known - 1 + commit)
             session.trace.accepted += [commit - 1] * rows
             self._most = max(self._most, commit)

@@ -176,7 +176,9 @@ class ClusterRule(ExactRule):
             return members, torch.cat([torch.ones_like(own, dtype=torch.bool), near >= 0], dim=-1)
         ranking = draft if self.clusters == "by-q" else target if scores is None else scores
         order = ranking.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.take_along_dim(order.argsort(dim=-1), own, dim=-1)
+        places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        ranks = torch.empty_like(order).scatter_(-1, order, places)
+        rank = torch.take_along_dim(ranks, own, dim=-1)
         if self.clusters == "partition":
             start = rank - rank % self.size
         else:
@@ -477,48 +479,126 @@ def output_law(
     return OutputLaw(law, float((weights * chances).sum()), overlap, distance)
 
 
-@dataclass
-class Tally:
-    """Sums over the tests of a run.
+class Tested(NamedTuple):
+    """Sums over some tests of drafts.
 
     Attributes:
         tests: Places at which a draft was judged.
         chance: Sum of the chances with which drafts stood.
-        exact_chance: Sum of the exact rule's mean chances there.
-        fallbacks: Residuals of which nothing was left.
+        exact_chance: Sum of the exact rule's mean chances there, 1 - TV(p, q).
     """
 
-    tests: int = 0
+    tests: float = 0.0
     chance: float = 0.0
     exact_chance: float = 0.0
-    fallbacks: int = 0
 
-    def add(self, chances: Tensor, overlaps: Tensor, counted: Tensor) -> None:
+    def plus(self, other: Sequence[float]) -> Tested:
+        """Return the sums over both."""
+        return Tested(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
+
+
+class Tally:
+    """Sums over the tests of a run, and over parts of them.
+
+    Attributes:
+        total: Over all tests.
+        by_depth: By the place of the draft behind the last token, from 1.
+        by_age: By the forwards that have redrawn the draft since its place was new, from 0; empty
+            where drafts are not redrawn.
+        fallbacks: Residuals of which nothing was left.
+        walks, taken: Drafts that might borrow, and the neighbours from which they did.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no tests."""
+        self.walks = self.taken = 0
+        self.total = Tested()
+        self.by_depth: dict[int, Tested] = {}
+        self.by_age: dict[int, Tested] = {}
+        self.fallbacks = 0
+
+    def add(
+        self,
+        chances: Tensor,
+        overlaps: Tensor,
+        counted: Tensor,
+        *,
+        first_depth: int = 1,
+        ages: Sequence[int] = (),
+    ) -> None:
         """Count tests.
 
         Args:
             chances: With which drafts stood, (rows, drafts).
             overlaps: Sums of min(p, q) at their places, (rows, drafts).
             counted: Which of them were tests, (rows, drafts), bool.
+            first_depth: Of the first column.
+            ages: Of each column; empty if drafts are not redrawn.
         """
         weights = counted.double()
-        self.tests += int(counted.sum())
-        self.chance += float((chances * weights).sum())
-        self.exact_chance += float((overlaps * weights).sum())
+        sums = torch.stack([weights, chances * weights, overlaps * weights]).sum(1)
+        for column, found in enumerate(sums.T.tolist()):
+            if not found[0]:
+                continue
+            self.total = self.total.plus(found)
+            depth = first_depth + column
+            self.by_depth[depth] = self.by_depth.get(depth, Tested()).plus(found)
+            if ages:
+                age = ages[column]
+                self.by_age[age] = self.by_age.get(age, Tested()).plus(found)
+
+    def add_chain(
+        self,
+        verified: VerifiedChain,
+        target: Tensor,
+        draft: Tensor,
+        judged: Tensor,
+        *,
+        ages: Sequence[int] = (),
+    ) -> None:
+        """Count the tests of chains.
+
+        Args:
+            verified: What became of them.
+            target, draft: As `verify_chain` took them, of (rows, drafts).
+            judged: Drafts whose tests count, (rows, drafts), bool.
+            ages: As in `add`.
+        """
+        if not draft.shape[-2]:
+            return
+        self.add(verified.chances, overlap(target[..., :-1, :], draft), judged, ages=ages)
+        self.fallbacks += int(verified.fell_back.sum())
+
+    def add_borrowed(self, taken: Tensor) -> None:
+        """Count neighbours.
+
+        Args:
+            taken: Which neighbours of a draft were taken, (drafts, neighbours), bool.
+        """
+        self.walks += len(taken)
+        self.taken += int(taken.sum())
 
     @property
     def notes(self) -> Mapping[str, float | int | str]:
         """Means for the trace; `excess_acceptance` is the guaranteed shift of a token's law."""
-        if not self.tests:
+        tests, chance, exact_chance = self.total
+        if not tests:
             return {}
-        acceptance, exact = self.chance / self.tests, self.exact_chance / self.tests
-        return {
-            "tested_drafts": self.tests,
-            "draft_acceptance": acceptance,
-            "exact_acceptance": exact,
-            "excess_acceptance": acceptance - exact,
+        found: dict[str, float | int | str] = {
+            "tested_drafts": int(tests),
+            "draft_acceptance": chance / tests,
+            "exact_acceptance": exact_chance / tests,
+            "excess_acceptance": (chance - exact_chance) / tests,
             "residual_fallbacks": self.fallbacks,
         }
+        if self.walks:
+            found["mean_neighbours"] = self.taken / self.walks
+        for name, parts in (("depth", self.by_depth), ("age", self.by_age)):
+            if parts:
+                found[f"acceptance_by_{name}"] = " ".join(
+                    f"{key}:{part.chance / part.tests:.3f}" for key, part in sorted(parts.items())
+                )
+        return found
 
 
 def overlap(target: Tensor, draft: Tensor) -> Tensor:

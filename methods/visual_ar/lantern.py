@@ -9,7 +9,9 @@ images have the model's distribution and, when greedy, its tokens.
 Source: arXiv 2410.03355 and jadohu/LANTERN at 3a56e45: `neighbours` 1000, `delta` 0.1, EAGLE-2's
 dynamic tree of 58 nodes over five levels, ten children of each of the ten best nodes a level. The
 relative budget is LANTERN++'s (arXiv 2502.06352). `static` is EAGLE's tree of 25 nodes
-(SafeAILab/EAGLE, `mc_sim_7b_63`), `chain` one branch; their drafts are drawn when the images are.
+(SafeAILab/EAGLE, `mc_sim_7b_63`), `static-57` the one that LANTERN's code takes for static trees
+unless told otherwise (`naive_extend_57`), `chain` one branch; their drafts are drawn when the
+images are.
 Choices of ours: greedy images judge p at temperature 1 without top-k or top-p, as that code does;
 images of a batch are drawn one after the other, as a tree's path is one for all rows of a cache.
 """
@@ -43,7 +45,7 @@ class Lantern(VisualARMethod):
         relative_budget: LANTERN++'s lambda; above 1, a draft borrows at most (lambda - 1) times its
             own probability, and `delta` does not count.
         metric: Distance between codes; `random` is the control.
-        tree: `dynamic`, `static` or `chain`.
+        tree: `dynamic`, `static`, `static-57` or `chain`.
         tree_nodes: Drafts of the dynamic tree; 0 decodes plainly.
         depth: Most levels of the tree.
         branching: Children of a node, and nodes expanded a level, of the dynamic tree.

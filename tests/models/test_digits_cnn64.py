@@ -28,9 +28,6 @@ from models.embedded.digits_cnn64.train import augment, calibrate, distortions, 
 from models.embedded.tiny_ar_image.data import CLASSES, render_range
 
 FOLDER = Path(module.__file__).parent
-trained = pytest.mark.skipif(
-    not (FOLDER / "model.safetensors").is_file(), reason="the weights are not trained yet"
-)
 
 
 def points(count: int, dim: int, seed: int) -> Tensor:
@@ -180,14 +177,12 @@ def test_a_folder_without_weights_says_how_to_train_them(tmp_path: Path):
 # -------------------------------------------------------------------------- committed weights
 
 
-@trained
 def test_the_committed_extractor_recognises_held_out_images():
     images, labels = render_range(600, "validation")
     accuracy = (read(load_extractor(), images).logits.argmax(1) == labels).float().mean()
     assert accuracy >= 0.95
 
 
-@trained
 def test_the_committed_extractor_sees_every_distortion():
     distances = calibrate(load_extractor(), count=1000)
     floor = distances.pop("floor")
@@ -203,7 +198,6 @@ def test_the_committed_extractor_sees_every_distortion():
     assert distances["noise 0.3"] > distances["noise 0.1"]
 
 
-@trained
 def test_the_published_calibration_holds():
     quality = json.loads((FOLDER / "quality.json").read_text())
     assert quality["model"] == weights_label()

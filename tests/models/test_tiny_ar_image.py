@@ -51,9 +51,6 @@ TOKENIZER = TokenizerConfig(
     codebook_size=64, channels=8, multipliers=(1, 1, 2), latent_channels=16, groups=4
 )
 FOLDER = Path(data.__file__).parent
-trained = pytest.mark.skipif(
-    not (FOLDER / "model.safetensors").is_file(), reason="the weights are not trained yet"
-)
 
 
 @pytest.fixture(scope="module")
@@ -523,14 +520,12 @@ def models() -> ImageModel:
     return load_image_model(FOLDER)
 
 
-@trained
 def test_weights_fit_their_budget():
     sizes = [path.stat().st_size for path in FOLDER.glob("*.safetensors")]
     assert sum(sizes) <= 20 * 2**20
     assert max(sizes) <= 15 * 2**20
 
 
-@trained
 def test_token_laws_of_the_target_are_flat(models: ImageModel):
     images, labels = render_range(40, "validation")
     flat = token_statistics(models.target, models.tokenizer.encode(images), labels)
@@ -540,7 +535,6 @@ def test_token_laws_of_the_target_are_flat(models: ImageModel):
     assert flat["nll"] == pytest.approx(published["nll"], abs=0.3)
 
 
-@trained
 def test_the_codebook_is_used_and_near_codes_look_alike(models: ImageModel):
     tokens = models.tokenizer.encode(render_range(60, "validation")[0])
     assert len(tokens.unique()) > 0.8 * models.tokenizer.config.codebook_size
@@ -548,7 +542,6 @@ def test_the_codebook_is_used_and_near_codes_look_alike(models: ImageModel):
     assert change(plain, near) < 0.7 * change(plain, far)
 
 
-@trained
 def test_all_published_gates_hold_but_the_one_that_the_readme_tells():
     gates = json.loads((FOLDER / "quality.json").read_text())["gates"]
     assert len(gates) == 8

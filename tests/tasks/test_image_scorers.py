@@ -37,7 +37,6 @@ def resamples(count: int, rows: int, seed: int = 0) -> tuple[NDArray[np.int64], 
 
 
 def test_distances_agree_with_torch_fidelity() -> None:
-    pytest.importorskip("torch_fidelity")
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric

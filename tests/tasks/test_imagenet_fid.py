@@ -145,7 +145,7 @@ class Small(torch.nn.Module):
 def test_the_inner_layer_is_read_channels_last_and_batches_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    source = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr(source, "FeatureExtractorInceptionV3", Small)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     torch.save({"weight": torch.zeros(1)}, tmp_path / WEIGHTS)
@@ -162,7 +162,7 @@ def test_the_inner_layer_is_read_channels_last_and_batches_change_nothing(
 
 
 def test_the_network_hooked_is_torch_fidelitys_own() -> None:
-    source = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    source = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     with torch.device("meta"):
         block = source.InceptionC(768, channels_7x7=160)
     # `mixed_6/conv` of the graph: a 1 x 1 convolution to 192 channels, normalised, then ReLU.
@@ -170,7 +170,6 @@ def test_the_network_hooked_is_torch_fidelitys_own() -> None:
 
 
 def test_weights_that_are_more_than_weights_are_not_loaded(tmp_path: Path) -> None:
-    pytest.importorskip("torch_fidelity")
     torch.save({"weight": torch.zeros(1), "path": tmp_path}, tmp_path / WEIGHTS)
     with pytest.raises(Unsupported, match="more than weights"):
         module.Inception(tmp_path / WEIGHTS)

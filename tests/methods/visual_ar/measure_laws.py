@@ -1,4 +1,4 @@
-"""Print the two laws of relaxed decoding and what a window costs, on a model and this machine.
+"""Print the two laws of relaxed decoding, acceptance by place and age, and what a window costs.
 
     python -m tests.methods.visual_ar.measure_laws MODEL IMAGES
 
@@ -7,13 +7,19 @@ would give, the excess, and how far the law of the token emitted is from the tar
 all tokens. Drafts are those of the feature drafter one step ahead (LANTERN) and the distribution of
 the same place with the token before it guessed (GSD's window, one iteration old).
 
-Then t(W) / t(1): what a forward over W tokens costs, in forwards over one.
+For a few methods, over whole images: how many tokens a forward commits, and the acceptance of the
+drafts by their place behind the last token and, in windows of guesses, by the forwards that have
+redrawn them, each beside 1 - TV(p, q) of the same drafts.
+
+Before that, how flat the model's law is, t(W) / t(1) (what a forward over W tokens costs, in
+forwards over one), and what judging a window costs by the exact rule and by ranked clusters.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -21,12 +27,22 @@ import torch
 from torch import Tensor
 
 from methods.visual_ar.common_drafts import feature_drafter_for
-from methods.visual_ar.common_verification import ExactRule, NeighbourRule, Rule, output_law
+from methods.visual_ar.common_verification import (
+    ClusterRule,
+    ExactRule,
+    NeighbourRule,
+    Rule,
+    Tested,
+    output_law,
+)
 from methods.visual_ar.gsd import Gsd
 from methods.visual_ar.lantern import Lantern
+from methods.visual_ar.sjd import Sjd
 from models.base import AutoregressiveImageModel, ImageSampling, Trace
-from models.image_generation import TokenPipeline, draw_tokens
+from models.embedded.tiny_ar_image.model import guided
+from models.image_generation import TokenPipeline, draw_tokens, generate_images
 from models.loading import load
+from runner.conformance_base import PROFILE
 
 SAMPLING = ImageSampling(guidance_scale=1.5)
 WIDTHS = (1, 2, 4, 8, 16, 32, 59, 64)
@@ -61,9 +77,7 @@ def laws(
     embedded = model.embed(tokens[:, :-1]).expand(2, -1, -1)
     with torch.no_grad():
         guesses = drafter(embedded, hidden[:, :-1])
-    drafted = SAMPLING.guidance_scale * (
-        model.head(guesses[:1]) - model.head(guesses[1:])
-    ) + model.head(guesses[1:])
+    drafted = guided(model.head(guesses), SAMPLING.guidance_scale)
     ahead = pipeline.from_logits(drafted[0], range(1, total))
     window: list[tuple[Tensor, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
@@ -92,6 +106,53 @@ def report(name: str, rule: Rule, pairs: list[tuple[Tensor, Tensor]]) -> None:
         f"TV(output, p) {distance:.3f}{extra}",
         flush=True,
     )
+
+
+def breakdown(model: AutoregressiveImageModel, method: Sjd | Gsd | Lantern, images: int) -> None:
+    """Print commits and acceptance by place and age over some images, made one by one."""
+    sums: dict[str, dict[int, Tested]] = {"depth": {}, "age": {}}
+    commits: Counter[int] = Counter()
+    for number in range(images):
+        loop = method.loop(model, PROFILE)
+        made = generate_images(model, [7 * number % 20], [number], SAMPLING, loop)
+        commits.update(accepted + 1 for accepted in made.trace.accepted)
+        for kind, parts in (("depth", loop.tally.by_depth), ("age", loop.tally.by_age)):
+            for key, part in parts.items():
+                sums[kind][key] = sums[kind].get(key, Tested()).plus(part)
+    total = commits.total()
+    shares = " ".join(f"{size}:{count / total:.3f}" for size, count in sorted(commits.items()))
+    print(f"{method}\n  committed by a forward, share of forwards  {shares}")
+    for kind, parts in sums.items():
+        if parts:
+            cells = (
+                f"{key}:{part.chance / part.tests:.2f}/{part.exact_chance / part.tests:.2f}"
+                f"({part.tests:.0f})"
+                for key, part in sorted(parts.items())
+            )
+            print(f"  by {kind}, accepted/exact (tests)  {' '.join(cells)}", flush=True)
+
+
+def flatness(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Print how flat p is: relaxed rules need tokens of like probability."""
+    best = torch.stack([p.topk(10).values for p, _ in pairs]).double()
+    top = best[:, 0]
+    print(
+        f"top-1 mean {top.mean():.3f}, median {top.median():.3f}, below 0.05 at "
+        f"{(top < 0.05).double().mean():.0%} of places; top-10 mean {best.sum(1).mean():.3f}"
+    )
+
+
+def judging_cost(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Print what judging a window of 15 guesses costs, medians of 15."""
+    p, q = (torch.stack([pair[side] for pair in pairs[:1] * 15]).double() for side in (0, 1))
+    tokens = q.argmax(-1)
+    for name, rule in (("exact", ExactRule()), ("ranked clusters", ClusterRule(14))):
+        seconds = []
+        for _ in range(15):
+            begin = time.perf_counter()
+            float(rule.acceptance(p, q, tokens).sum())  # waits for a device
+            seconds.append(time.perf_counter() - begin)
+        print(f"judging 15 guesses, {name}: {1000 * float(np.median(seconds)):.2f} ms", flush=True)
 
 
 def window_cost(model: AutoregressiveImageModel) -> None:
@@ -128,6 +189,8 @@ def main() -> None:
     for number in range(int(sys.argv[2])):
         for kind, found in laws(model, 7 * number % 20, number).items():
             pairs.setdefault(kind, []).extend(found)
+    flatness(pairs["window"])
+    judging_cost(pairs["window"])
     judged: Mapping[str, Callable[[], Rule]] = {
         **{
             f"window gsd {method.acceptance} G={method.group_size} {method.strength:g}": (
@@ -157,6 +220,14 @@ def main() -> None:
     }
     for name, make in judged.items():
         report(name, make(), pairs[name.partition(" ")[0]])
+    for method in (
+        Sjd(),
+        Gsd(distance_quantile=0.1),
+        Lantern(delta=0.0, tree="chain"),
+        Lantern(delta=0.0, tree="static"),
+        Lantern(delta=0.0, tree="static-57"),
+    ):
+        breakdown(model, method, int(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from methods.visual_ar import common_jacobi
 from methods.visual_ar.common_drafts import (
     FeatureDrafting,
     draft_for,
+    drafter_facts,
     feature_drafter_for,
     own_layers,
 )
 from methods.visual_ar.common_feature_trees import (
-    STATIC_TREE,
+    STATIC_TREES,
     TreeShape,
     _Image,
     walk_greedily,
@@ -40,7 +41,7 @@ from methods.visual_ar.gsd import Gsd
 from methods.visual_ar.lantern import Lantern
 from methods.visual_ar.sjd import Sjd
 from methods.visual_ar.speculative_image import SpeculativeImage
-from models.base import GeneratedImages, ImageSampling, Trace, Unsupported
+from models.base import Forward, GeneratedImages, ImageSampling, Trace, Unsupported
 from models.draft_tree import Topology
 from models.image_generation import (
     AutoregressiveImages,
@@ -122,9 +123,10 @@ def jacobi(window: int = 4, **options: Any) -> Any:
         (jacobi(), 40, 64),
         (jacobi(), 150, 1),
         (jacobi(initialisation="sample-left"), 25, 64),
+        (jacobi(window=2, initialisation="repeat-above"), 25, 64),
         (lambda: JacobiLoop(EqualityRule(), window=3), 25, 64),
     ],
-    ids=["batch", "single", "sample-left", "equality"],
+    ids=["batch", "single", "sample-left", "two repeat-above", "equality"],
 )
 def test_windows_of_guesses_draw_images_with_the_models_probabilities(
     toy: AutoregressiveImages, exact: np.ndarray, make: Any, batches: int, rows: int
@@ -245,6 +247,7 @@ def test_a_budget_is_seen_by_the_same_test(toy: AutoregressiveImages, exact: np.
         SpeculativeImage(draft="layers:1"),
         Lantern(drafter="random", delta=0.0),
         Lantern(drafter="random", delta=0.0, tree="static"),
+        Lantern(drafter="random", delta=0.0, tree="static-57"),
         Lantern(drafter="random", neighbours=0),
     ],
     ids=repr,
@@ -328,6 +331,56 @@ def test_a_window_of_one_draws_the_tokens_of_plain_decoding(model: Autoregressiv
         loop = JacobiLoop(ExactRule(), window=1)
         plain = model.generate([LABEL] * rows, range(rows), SAMPLED).tokens
         assert draw(model, loop, 0, rows).tokens == plain
+
+
+def test_clusters_of_one_token_decide_as_exact_windows_do(model: AutoregressiveImages):
+    found = []
+    for method in (
+        Sjd(window=6),
+        Gsd(window=6, group_size=1),
+        Gsd(window=6, group_size=9, acceptance="by-p"),
+    ):
+        with method.apply(model, PROFILE) as changed:
+            made = changed.generate([LABEL] * 2, [0, 1], SAMPLED)
+        found.append((made.tokens, made.trace.accepted))
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_guesses_are_told_apart_by_their_place_in_the_window_and_by_how_often_they_were_redrawn(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model = tiny_images(codes=6)
+    read: dict[int, int] = {}  # forwards so far that had something to say of a place
+    depths: dict[int, list[float]] = {}
+    ages: dict[int, list[float]] = {}
+    known = 1
+    original = common_jacobi.verify_chain
+
+    def verify(*arguments: Any, **options: Any) -> VerifiedChain:
+        nonlocal known
+        found = original(*arguments, **options)
+        accepted, chances = int(found.accepted), found.chances[0].tolist()
+        for slot, chance in enumerate(chances[: accepted + 1]):
+            depths.setdefault(slot + 1, []).append(chance)
+            ages.setdefault(read.get(known + slot, 0), []).append(chance)
+        for place in range(known, known + len(chances) + 1):
+            read[place] = read.get(place, 0) + 1
+        known += accepted + 1
+        return found
+
+    monkeypatch.setattr(common_jacobi, "verify_chain", verify)
+    loop = JacobiLoop(ExactRule(), window=6)
+    draw(model, loop, 0, 1)
+    for found, wanted in ((loop.tally.by_depth, depths), (loop.tally.by_age, ages)):
+        assert len(wanted) > 2
+        assert found.keys() == wanted.keys()
+        for key, chances in wanted.items():
+            assert found[key].tests == len(chances)
+            assert found[key].chance == pytest.approx(sum(chances))
+    # A token by lot stands as seldom as chance has it, one that was redrawn more often.
+    fresh, redrawn = (loop.tally.by_age[age] for age in (0, 1))
+    assert fresh.chance / fresh.tests < redrawn.chance / redrawn.tests
 
 
 class RowEnds:
@@ -423,6 +476,43 @@ def test_nodes_of_a_draft_tree_see_their_ancestors_only(model: AutoregressiveIma
     torch.testing.assert_close(after.logits, fresh.logits)
 
 
+def test_it_is_told_how_many_neighbours_lend(model: AutoregressiveImages):
+    # Most tokens have no probability, and lend none.
+    sampling = ImageSampling(guidance_scale=1.5, top_k=12)
+
+    def mean_of(**settings: Any) -> float:
+        with Lantern(drafter="random", neighbours=8, **settings).apply(model, PROFILE) as changed:
+            notes = changed.generate([LABEL], [0], sampling).trace.notes
+        return float(notes["mean_neighbours"])
+
+    for tree in ("chain", "static", "dynamic"):
+        found = [mean_of(delta=delta, tree=tree) for delta in (0.0, 0.1, 1.0)]
+        assert 0 == found[0] < found[1] < found[2] <= 8
+
+
+def test_a_drafters_work_is_counted_as_that_of_a_model_of_its_sizes(model: AutoregressiveImages):
+    drafter = feature_drafter_for("random", model)
+    facts = drafter_facts(drafter, model.facts)
+    # fc of 64 x 32, one layer of four 32 x 32 and three 32 x 48, the target's head of 32 x 48.
+    assert facts.matrix_parameters == 64 * 32 + 4 * 32 * 32 + 3 * 32 * 48 + 32 * 48
+    drafting = FeatureDrafting(drafter, model, guidance_scale=1.5, guided_session=True, headroom=20)
+    features = torch.zeros(2, 3, 32, dtype=drafter.fc.weight.dtype)
+    root = drafting.begin_step(torch.tensor([4, 7, 9]), features)
+    drafting.expand(torch.tensor([1, 2]), root.features[:, [0, 0]], [-1, -1], 1)
+    assert drafting.work.forwards == [Forward(3, 0), Forward(2, 3)]
+    attended = (1 + 2 + 3) + (4 + 5)
+    assert drafting.work.flops == 2 * (5 * 2 * facts.matrix_parameters + 4 * 32 * attended)
+    assert drafting.work.kv_bytes == 2 * (3 + 5) * 2 * 32 * 8
+    # Drafts come at a cost that the speed-up's bound knows of.
+    for tree in ("chain", "dynamic"):
+        loop = Lantern(drafter="random", tree=tree).loop(model, PROFILE)
+        trace = draw(model, loop, 0, 1).trace
+        assert trace.notes["draft_share"] == facts.weight_bytes / model.facts.weight_bytes
+        assert trace.draft_forwards > len(trace.forwards) / 2
+        assert trace.notes["acceptance_by_depth"].startswith("1:")  # type: ignore[union-attr]
+        assert loop.tally.by_depth[1].tests <= len(trace.forwards)
+
+
 def test_the_cache_behind_a_tree_is_that_of_the_committed_tokens(model: AutoregressiveImages):
     method = Lantern(drafter="random", delta=0.3, neighbours=8)
     kept: list[Any] = []
@@ -489,10 +579,22 @@ def test_the_dynamic_tree_holds_the_likeliest_paths_of_the_drafter(model: Autore
     assert max(left_out) <= min(kept.values()) + 1e-9
 
 
-def test_the_static_tree_is_eagles():
-    assert len(STATIC_TREE) == 26
-    assert [len(STATIC_TREE.children[node]) for node in range(5)] == [4, 3, 2, 2, 1]
-    assert np.bincount(STATIC_TREE.depths).tolist() == [1, 4, 8, 8, 3, 2]
+def test_the_static_trees_are_the_released_ones():
+    small, large = STATIC_TREES["static"], STATIC_TREES["static-57"]
+    assert [len(small.children[node]) for node in range(5)] == [4, 3, 2, 2, 1]
+    assert np.bincount(small.depths).tolist() == [1, 4, 8, 8, 3, 2]
+    assert [len(large.children[node]) for node in range(6)] == [5, 4, 3, 3, 2, 1]
+    assert np.bincount(large.depths).tolist() == [1, 5, 13, 16, 14, 9]
+    # The last levels by their rank paths: those that reach furthest from the likeliest branch.
+    assert {path for path in large.rank_paths if len(path) == 5 and path[2]} == {
+        (0, 0, 1, 0, 0),
+        (0, 0, 1, 0, 1),
+        (0, 0, 1, 1, 0),
+        (0, 0, 2, 0, 0),
+    }
+    assert {*small.rank_paths} < {*large.rank_paths}
+    for name, tree in STATIC_TREES.items():
+        assert TreeShape(name, 0, 5, 0).most_nodes == len(tree) - 1
 
 
 def test_models_without_what_a_draft_needs_are_refused(model: AutoregressiveImages):

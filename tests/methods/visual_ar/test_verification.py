@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from torch import Tensor
 
 from methods.visual_ar.common_geometry import nearest_neighbours, squared_distances
@@ -283,8 +284,12 @@ def test_overlapping_clusters_can_accept_less_than_the_exact_rule():
     p = torch.tensor([15, 17, 0, 0]).double() / 32
     q = torch.tensor([18, 1, 19, 1]).double() / 39
     assert output_law(ClusterRule(2), p, q).excess_acceptance < -0.2
-    found = [output_law(ClusterRule(3), *laws(seed)).excess_acceptance for seed in range(40)]
-    assert np.mean(found) > 0.02
+    means = [
+        np.mean([output_law(ClusterRule(size), *laws(seed)).acceptance for seed in range(40)])
+        for size in (1, 2, 3, 5, 8)
+    ]
+    assert means == sorted(means)
+    assert means[2] > means[0] + 0.05
 
 
 def test_a_per_draft_budget_does_not_bound_the_output():
@@ -298,6 +303,10 @@ def test_a_per_draft_budget_does_not_bound_the_output():
     assert found.acceptance > 0.99
     assert found.distance == pytest.approx(apart, abs=0.01)
     assert found.distance > 5 * 0.05
+    # No token is likelier than in p but those accepted too often, so the bound is the shift itself.
+    for delta in (0.0005, 0.002, 0.05):
+        shifted = output_law(NeighbourRule(rule.neighbours, delta), p, q)
+        assert shifted.distance == pytest.approx(shifted.excess_acceptance, abs=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -405,6 +414,28 @@ def test_the_chain_kernel_stops_at_the_first_draft_that_does_not_stand():
         assert int(found.tokens[row]) == int((sums <= numbers[row, -1]).sum())
         lengths.add(accepted)
     assert lengths == set(range(count + 1))
+
+
+@pytest.mark.parametrize("name", relaxed_rules())
+def test_the_chain_kernel_accepts_and_emits_as_often_as_the_enumerated_law_says(name: str):
+    rule, count = relaxed_rules()[name], 20_000
+    p, q = laws(7)
+    random = np.random.default_rng(3)
+    drafts = torch.from_numpy(random.choice(VOCAB, p=q.numpy(), size=(count, 1)))
+    numbers = torch.from_numpy(random.random((count, 2)))
+    target, draft = p.expand(count, 2, -1), q.expand(count, 1, -1)
+    found = verify_chain(rule, target, draft, drafts, numbers)
+    wanted = output_law(rule, p, q)
+    chance = wanted.acceptance
+    deviation = math.sqrt(chance * (1 - chance) / count)
+    assert float(found.accepted.double().mean()) == pytest.approx(chance, abs=4 * deviation)
+    emitted = torch.where(found.accepted > 0, drafts[:, 0], found.tokens)
+    counts = torch.bincount(emitted, minlength=VOCAB).double()
+    possible = wanted.law > 1e-9
+    assert not counts[~possible].any()
+    assert chisquare(counts[possible], count * wanted.law[possible]).pvalue > 1e-4
+    # At this number of draws the law of another rule is told from it.
+    assert chisquare(counts[p > 0], count * p[p > 0]).pvalue < 1e-4
 
 
 def test_without_drafts_the_kernel_draws_from_the_target():
@@ -520,13 +551,22 @@ def test_the_tally_reports_means_and_the_excess_of_what_was_counted():
     assert tally.notes == {}
     p, q = laws(5)
     overlaps = overlap(p, q).expand(1, 2)
-    tally.add(torch.tensor([[0.9, 0.1]]).double(), overlaps, torch.tensor([[True, False]]))
-    tally.add(torch.tensor([[0.5, 0.7]]).double(), overlaps, torch.tensor([[True, True]]))
+    ways = ([[0.9, 0.1]], [[True, False]], [1, 0]), ([[0.5, 0.7]], [[True, True]], [2, 1])
+    for chances, counted, ages in ways:
+        tally.add(torch.tensor(chances).double(), overlaps, torch.tensor(counted), ages=ages)
+    tally.add(torch.zeros(1, 1), overlaps[:, :1], torch.zeros(1, 1).bool(), first_depth=9)
     assert tally.notes["tested_drafts"] == 3
     assert tally.notes["draft_acceptance"] == pytest.approx(0.7)
     exact = 1 - 0.5 * float((p - q).abs().sum())
     assert tally.notes["exact_acceptance"] == pytest.approx(exact)
     assert tally.notes["excess_acceptance"] == pytest.approx(0.7 - exact)
+    assert tally.notes["acceptance_by_depth"] == "1:0.700 2:0.700"
+    assert tally.notes["acceptance_by_age"] == "1:0.800 2:0.500"
+    assert tally.by_age[1].exact_chance == pytest.approx(2 * exact)
+    assert "mean_neighbours" not in tally.notes
+    tally.add_borrowed(torch.tensor([[True, True, False], [False, False, False]]))
+    tally.add_borrowed(torch.tensor([[True, False, False]]))
+    assert tally.notes["mean_neighbours"] == 1.0
 
 
 @settings(max_examples=20, deadline=None)
