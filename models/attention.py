@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -73,13 +73,18 @@ class PromptMarks(NamedTuple):
 NO_MARKS = PromptMarks()
 
 
-@runtime_checkable
 class TakesMarks(Protocol):
     """A text generator that may be told about the prompt that it is given next."""
 
     def mark(self, marks: PromptMarks) -> None:
         """Take note of a prompt's parts, for the next text only."""
         ...
+
+
+def takes_marks(model: object) -> TypeGuard[TakesMarks]:
+    """Return whether a model, or one that it is a wrapper around, takes marks."""
+    # From Python 3.12 on, `isinstance` with a protocol does not see what a wrapper passes on.
+    return hasattr(model, "mark")
 
 
 class LayerCache(Protocol):
@@ -562,6 +567,7 @@ class AttentionLM(Wrapper):
         if longest_text is not None:
             self.facts = replace(model.facts, lifted_limit=longest_text)
         self.last: AttentionSession | None = None
+        self._opened = 0  # sessions since the last account
         self._marks = NO_MARKS
 
     def mark(self, marks: PromptMarks) -> None:
@@ -583,13 +589,12 @@ class AttentionLM(Wrapper):
         else:
             layers = TorchLayers(self._module, capacity, rotated=rule.rotated, work=AttentionWork())
         self.last = AttentionSession(layers, rule, self.facts, capacity, marks)
+        self._opened += 1
         return self.last
 
     def generate(self, prompt_ids: Sequence[int], decoding: Decoding) -> Generation:
         """Continue `prompt_ids` plainly, and count what attention really did."""
-        generation = decode(self, prompt_ids, decoding)
-        self.account(generation.trace)
-        return generation
+        return decode(self, prompt_ids, decoding)
 
     def account(self, trace: Trace) -> None:
         """Replace a trace's operations and cache bytes by what the last session really did.
@@ -603,10 +608,16 @@ class AttentionLM(Wrapper):
 
         Raises:
             ValueError: No session was opened.
+            models.base.Unsupported: Several were opened since the last account: a text of several
+                caches is not counted.
         """
-        session = self.last
+        session, opened, self._opened = self.last, self._opened, 0
         if session is None:
             raise ValueError("no text has been run, so there is nothing to account for.")
+        if opened > 1:
+            raise Unsupported(
+                f"attention by a rule counts the work of one cache a text; this one took {opened}."
+            )
         facts, work = self.facts, session.work
         row_bytes = facts.head_dim * facts.kv_item_bytes
         trace.flops = session.matrix_flops + work.flops

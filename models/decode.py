@@ -8,7 +8,7 @@ cache, prefill emits the first root, and a step emits its accepted drafts and on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -282,19 +282,50 @@ def check_room(model: TextGenerator, prompt_tokens: int, tokens: int, kind: str)
         )
 
 
-def count_work(trace: Trace, facts: TextModelFacts, *, prompt_logits: bool = False) -> None:
+class AccountsItself(Protocol):
+    """A model whose forwards cost other work than their shapes say: its attention reads less."""
+
+    def account(self, trace: Trace) -> None:
+        """Correct the operations and cache bytes of a counted trace of its last session.
+
+        Raises:
+            models.base.Unsupported: It does not know which session's work that is.
+        """
+        ...
+
+
+def accounts_itself(model: object) -> TypeGuard[AccountsItself]:
+    """Return whether a model, or one that it is a wrapper around, counts its own work."""
+    # From Python 3.12 on, `isinstance` with a protocol does not see what a wrapper passes on.
+    return hasattr(model, "account")
+
+
+class HasFacts(Protocol):
+    """A model of which only the sizes matter."""
+
+    facts: TextModelFacts
+
+
+def count_work(trace: Trace, model: HasFacts, *, prompt_logits: bool = False) -> None:
     """Add the operations and cache bytes of a trace's forwards to it.
 
     Args:
         trace: Counted so far; changed in place.
-        facts: Sizes of the model.
+        model: What ran the forwards. One that `AccountsItself` has the last word: the shapes of its
+            forwards do not say what they read.
         prompt_logits: Whether the prompt's logits were computed for all of its tokens.
+
+    Raises:
+        models.base.Unsupported: The model does not know what the text cost.
     """
+    facts = model.facts
     for forward in trace.prefill:
         trace.flops += facts.flops(forward, None if prompt_logits else 1)
     for forward in trace.forwards:
         trace.flops += facts.flops(forward)
     trace.kv_bytes += sum(facts.kv_read(each) for each in (*trace.prefill, *trace.forwards))
+    if accounts_itself(model):
+        model.account(trace)
 
 
 def decode(
@@ -370,7 +401,7 @@ def decode(
         trace.accepted.append(min(len(new) - 1, end.num_tokens - checked))
     trace.mark("decode", model.synchronize)
 
-    count_work(trace, model.facts, prompt_logits=drafter.wants_prompt_logits)
+    count_work(trace, model, prompt_logits=drafter.wants_prompt_logits)
     trace.notes.update(drafter.notes)
     kept = tuple(output[: end.num_tokens])
     return Generation(kept, stopper.text(kept), end.finish, trace)

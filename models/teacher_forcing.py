@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +29,6 @@ from models.base import (
 )
 from models.decode import check_room, count_work
 from models.draft_tree import DraftTree
-
-
-@runtime_checkable
-class AccountsItself(Protocol):
-    """A model whose sessions count their own attention work."""
-
-    def account(self, trace: Trace) -> None:
-        """Correct the operations and cache bytes of a counted trace of the last session."""
-        ...
 
 
 class SplitText(NamedTuple):
@@ -133,9 +124,7 @@ def _run(model: TextGenerator, prompt_ids: Sequence[int], continuation_ids: Sequ
     trace.mark("decode", model.synchronize)
     if not np.isfinite(nats).all():
         raise InvalidOutput("the model gave a token of the continuation no finite loss.")
-    count_work(trace, model.facts)
-    if isinstance(model, AccountsItself):
-        model.account(trace)
+    count_work(trace, model)
     return _Run(cast("npt.NDArray[np.float64]", nats), trace)
 
 

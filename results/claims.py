@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from results import statistics, text
 from results.statistics import Estimate, Floats, ItemTotals
+from results.tables import rows_of
 
 Verdict = Literal[
     "reproduced",
@@ -54,6 +55,8 @@ _PLAIN = (
     "full model",
     "target alone",
 )
+# What somebody may have whom a command would serve.
+_THINGS_TO_HAVE = frozenset({"weights", "data", "hardware"})
 # What a `[claim.check]` table leaves out, as `methods.base.Check` has it.
 _CHECK_DEFAULTS: Mapping[str, Any] = {
     "metric": "",
@@ -269,16 +272,16 @@ class Measurements:
         if self.connection is None:
             return []
         if method not in self._cells:
-            cursor = self.connection.execute(
-                "SELECT experiment_id, cell_id, baseline_cell_id, params, task, task_params, "
-                "model, hardware, scale, items, margin, quality_margin, speedup_bound, "
-                "decode_bound, created "
-                "FROM comparison WHERE method = ? AND status = 'ok' AND items > 0 "
-                "ORDER BY created DESC, experiment_id, cell_id",
-                [method],
+            rows = rows_of(
+                self.connection.execute(
+                    "SELECT experiment_id, cell_id, baseline_cell_id, params, task, task_params, "
+                    "model, hardware, scale, items, margin, quality_margin, speedup_bound, "
+                    "decode_bound, created "
+                    "FROM comparison WHERE method = ? AND status = 'ok' AND items > 0 "
+                    "ORDER BY created DESC, experiment_id, cell_id",
+                    [method],
+                )
             )
-            names = [column[0] for column in cursor.description]
-            rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
             for row in rows:
                 row["params"] = json.loads(row["params"])
                 row["task_params"] = json.loads(row["task_params"])
@@ -461,11 +464,8 @@ def settle_claim(claim: Mapping[str, Any], measurements: Measurements) -> Settle
 
 def read_claims(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
     """Return the claims that an index holds, as they were handed to `ingest`."""
-    cursor = connection.execute("SELECT * FROM claims ORDER BY rowid")
-    names = [column[0] for column in cursor.description]
     claims = []
-    for values in cursor.fetchall():
-        row = dict(zip(names, values, strict=True))
+    for row in rows_of(connection.execute("SELECT * FROM claims ORDER BY rowid")):
         extra = json.loads(row.pop("extra") or "{}")
         row["id"], row["where"] = row.pop("claim_id"), row.pop("stated_in")
         claims.append(row | extra)
@@ -685,6 +685,9 @@ class _Judge:
         else:
             if not missing:
                 missing = ["conditions: the claim states neither model nor task nor hardware"]
+            kinds = {each.partition(":")[0] for each in missing}
+            if not is_planned and kinds <= _THINGS_TO_HAVE:
+                missing.append("task: none of ours measures it")
             detail, command = f"needs {'; '.join(missing)}", self._paper_command()
         return self._settled(
             "not-testable-here", _sentence(detail), missing=missing, command=command

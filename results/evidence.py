@@ -11,11 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from results.statistics import WIDE_NORMAL_QUANTILE
 from results.store import Store, StoreError
-from results.tables import connect
-
-# Half of an interval that holds 99% of a normal distribution, in standard deviations.
-WIDE = 2.5758
+from results.tables import connect, rows_of
 
 
 class Place(NamedTuple):
@@ -136,9 +134,7 @@ def known(store: Store) -> Known:
             Place(task, model): mean
             for task, model, mean in connection.execute(_OVERHEADS).fetchall()
         }
-        cursor = connection.execute(_PAIRS)
-        names = [column[0] for column in cursor.description]
-        rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        rows = rows_of(connection.execute(_PAIRS))
     return Known(seconds, overheads, {row["cell_id"]: _evidence(row) for row in rows})
 
 
@@ -189,11 +185,15 @@ def _evidence(row: Mapping[str, Any]) -> Evidence:
     ends = [row[name] for name in ("speedup", "speedup_low_99", "speedup_high_99")]
     if row["speed_verdict"] == "INCONCLUSIVE" and all(end and end > 0 for end in ends):
         value, low, high = (math.log(end) for end in ends)
-        beliefs.append(Belief(value, (high - low) / 2 / WIDE, math.log1p(row["margin"])))
+        beliefs.append(
+            Belief(value, (high - low) / 2 / WIDE_NORMAL_QUANTILE, math.log1p(row["margin"]))
+        )
     ends = [row[f"quality_delta{end}"] for end in ("", "_low_99", "_high_99")]
     if row["quality_verdict"] == "INCONCLUSIVE" and all(end is not None for end in ends):
         value, low, high = ends
-        beliefs.append(Belief(value, (high - low) / 2 / WIDE, row["quality_margin"]))
+        beliefs.append(
+            Belief(value, (high - low) / 2 / WIDE_NORMAL_QUANTILE, row["quality_margin"])
+        )
     return Evidence(
         items=row["items"],
         repeats=row["repeats"],

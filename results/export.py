@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import duckdb
 
-from results import schema, tables
+from results import schema, tables, text
 from results.store import StoreError
 
 # What is raw or follows from it; papers' claims belong to the project, not to a measurement.
@@ -49,10 +49,9 @@ def write_parquet(index_path: Path, folder: Path, run: str | None = None) -> lis
         for table in (*_RAW, "comparison"):
             path = folder / f"{table}.parquet"
             query = f"SELECT * FROM {table}{_condition(table, run_id)}"
-            target = str(path).replace("'", "''")
             try:
                 connection.execute(
-                    f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)"
+                    f"COPY ({query}) TO {text.sql(str(path))} (FORMAT parquet, COMPRESSION zstd)"
                 )
             except duckdb.Error as error:
                 raise StoreError(f"{path}: cannot be written: {error}.") from error
@@ -74,22 +73,23 @@ def write_tables(
         tasks: Names of tasks to keep; all if empty.
 
     Raises:
-        StoreError: As `tables.render`.
+        StoreError: As `tables.comparison_tables`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"tables.{TABLE_ENDINGS[format]}"
-    path.write_text(tables.render(index_path, run, tasks, format), encoding="utf-8")
-    return Written(path, len(tables.comparison_tables(index_path, run, tasks)))
+    found = tables.comparison_tables(index_path, run, tasks)
+    path.write_text(tables.formatted(found, format), encoding="utf-8")
+    return Written(path, len(found))
 
 
 def _condition(table: str, run_id: str | None) -> str:
     """Return the SQL that keeps what answers a run."""
     if run_id is None:
         return ""
-    quoted = run_id.replace("'", "''")
+    is_of_run = f"WHERE run_id = {text.sql(run_id)}"
     if table in ("runs", "run_cells"):
-        return f" WHERE run_id = '{quoted}'"
-    chosen = f"FROM run_cells WHERE run_id = '{quoted}'"
+        return f" {is_of_run}"
+    chosen = f"FROM run_cells {is_of_run}"
     columns = ("cell_id",) if table == "comparison" else tuple(schema.TABLES[table])
     if "cell_id" in columns:
         return f" WHERE (experiment_id, cell_id) IN (SELECT (experiment_id, cell_id) {chosen})"

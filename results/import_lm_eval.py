@@ -28,12 +28,13 @@ def is_lm_eval(data: Mapping[str, Any]) -> bool:
     return {"results", "configs", "versions"} <= data.keys()
 
 
-def imported(data: Mapping[str, Any], path: Path) -> tuple[list[Imported], datetime, str]:
-    """Return the experiments in a file of results, when they were made, and by which program.
+def take_in(data: Mapping[str, Any], path: Path, store: Store) -> list[str]:
+    """Import a file of results into a store; return the ids of what came in.
 
     Args:
         data: What the file holds.
         path: The file; samples are looked for beside it if they are not in it.
+        store: Where the experiments go.
 
     Raises:
         ForeignError: Samples are missing, or the file does not say what it must.
@@ -56,7 +57,7 @@ def imported(data: Mapping[str, Any], path: Path) -> tuple[list[Imported], datet
             f"{path} holds no samples, and there are no samples_*.jsonl beside it: run lm-eval "
             "with --log_samples."
         )
-    return found, when, program
+    return write_run(store, found, when=when, source=path.name, program=program)
 
 
 def _samples_beside(path: Path, tasks: Sequence[str]) -> dict[str, list[Any]]:
@@ -207,13 +208,3 @@ def _score(value: Any) -> float | None:
 
 def _name(metric: str, filter_name: str, filters: Sequence[str]) -> str:
     return metric if len(filters) == 1 else f"{metric},{filter_name}"
-
-
-def take_in(data: Mapping[str, Any], path: Path, store: Store) -> list[str]:
-    """Import a file of results into a store; return the ids of what came in.
-
-    Raises:
-        ForeignError: The file is not complete.
-    """
-    found, when, program = imported(data, path)
-    return write_run(store, found, when=when, source=path.name, program=program)

@@ -25,12 +25,13 @@ from results.records import (
     SampleRecord,
     ScoreRecord,
 )
-from results.statistics import CORPUS_RESAMPLES, FEWEST_ITEMS_TO_RESAMPLE
+from results.statistics import (
+    CORPUS_RESAMPLES,
+    FEWEST_ITEMS_TO_RESAMPLE,
+    QUALITY_MARGIN,
+    SPEED_MARGIN,
+)
 from results.store import Store
-
-# As the runner has them: what counts as no difference on a CPU, and as no loss.
-SPEED_MARGIN = 0.05
-QUALITY_MARGIN = 0.02
 
 
 class ForeignError(Exception):
@@ -167,7 +168,7 @@ def _write(
         scenario=each.scenario,
         seed=each.seed,
         scale="embedded",
-        margin=SPEED_MARGIN,
+        margin=SPEED_MARGIN["cpu"],
         quality_margin=QUALITY_MARGIN,
         items=items,
         groups=items,

@@ -281,6 +281,7 @@ def _read_shard(
     rows["cells"] += [_public_row("cells", cell) for cell in cells]
     rows["verdicts"] += summary.verdicts
     rows["metrics"] += summary.metrics
+    rows["interactions"] += summary.interactions
     rows["corpus"] += [{"experiment_id": experiment_id, **row} for row in corpus.to_pylist()]
     headline = experiment.metrics[0].name if experiment.metrics else ""
     connection.register("incoming_samples", samples.drop_columns(["output_ids"]))

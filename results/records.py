@@ -104,6 +104,8 @@ class CellRecord:
 
     Attributes:
         cell_id: Hash of what can change the method's answer, and of the experiment's conditions.
+        parts: Of a stack, the `spec` of each part in the order in which they are applied; empty for
+            a method alone.
         spec: What was asked for, `name[:key=value,…]` with defaults left out; "" in old shards.
         role: `method`, `baseline`, `control` or `peer`.
         declared_output: What the method promised: `identical`, `same-distribution`, `approximate`.
@@ -137,6 +139,7 @@ class CellRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     finished: str = ""
     spec: str = ""
+    parts: list[str] = field(default_factory=list)
     audit: dict[str, Any] | None = None
     schema: int = SCHEMA_VERSION
 

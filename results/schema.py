@@ -6,7 +6,7 @@ from typing import Final
 
 # Raised whenever tables change or the same samples would give other numbers; older indexes are
 # then rebuilt from the shards.
-INDEX_VERSION: Final = 7
+INDEX_VERSION: Final = 8
 
 TABLES: Final[dict[str, dict[str, str]]] = {
     "index_info": {"version": "BIGINT"},
@@ -71,6 +71,7 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "finished": "VARCHAR",
         "spec": "VARCHAR",
         "audit": "JSON",
+        "parts": "JSON",  # specs of a stack's parts, in their order
     },
     "samples": {
         "cell_id": "VARCHAR",
@@ -207,6 +208,45 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "decode_verdict": "VARCHAR",
         "decode_bound": "DOUBLE",  # bound_seconds of such a token, baseline over method
     },
+    # One row a stack whose parts were measured beside it, alone; NULL where one of the four did not
+    # end well. docs/stacking.md says how to read it.
+    "interactions": {
+        "experiment_id": "VARCHAR",
+        "cell_id": "VARCHAR",  # of the stack
+        "first_cell": "VARCHAR",
+        "second_cell": "VARCHAR",
+        "items": "BIGINT",  # that all four measured
+        "as_first": "BIGINT",  # of them, those on which the stack wrote what its first part wrote
+        "speed": "DOUBLE",  # S(both) / (S(first) S(second)), 1 where gains multiply
+        "speed_low": "DOUBLE",
+        "speed_high": "DOUBLE",
+        "speed_low_99": "DOUBLE",
+        "speed_high_99": "DOUBLE",
+        "speed_verdict": "VARCHAR",
+        "speed_smallest": "DOUBLE",
+        "decode": "DOUBLE",  # the same after the prefill
+        "decode_low": "DOUBLE",
+        "decode_high": "DOUBLE",
+        "decode_low_99": "DOUBLE",
+        "decode_high_99": "DOUBLE",
+        "decode_verdict": "VARCHAR",
+        "decode_smallest": "DOUBLE",
+        "tokens_per_forward": "DOUBLE",  # the same ratio of theirs
+        "tokens_per_forward_low": "DOUBLE",
+        "tokens_per_forward_high": "DOUBLE",
+        "tokens_per_forward_low_99": "DOUBLE",
+        "tokens_per_forward_high_99": "DOUBLE",
+        "tokens_per_forward_verdict": "VARCHAR",
+        "tokens_per_forward_smallest": "DOUBLE",
+        "metric": "VARCHAR",
+        "quality": "DOUBLE",  # of the headline metric: both - first - second + neither
+        "quality_low": "DOUBLE",
+        "quality_high": "DOUBLE",
+        "quality_low_99": "DOUBLE",
+        "quality_high_99": "DOUBLE",
+        "quality_verdict": "VARCHAR",
+        "quality_smallest": "DOUBLE",
+    },
     # As they stand on the papers' cards; `extra` keeps what has no column of its own.
     "claims": {
         "method": "VARCHAR",
@@ -280,7 +320,8 @@ SELECT
     coalesce(e.facts ->> 'bound_by', 'step-cost') AS bound_by,
     (c.notes ->> 'mean_visual_tokens')::DOUBLE AS visual_tokens,
     -- Who scored, where that was not us: `lm-eval 0.4.13`.
-    e.facts ->> 'scorer' AS scorer
+    e.facts ->> 'scorer' AS scorer,
+    c.parts
 FROM cells c
 JOIN experiments e USING (experiment_id)
 LEFT JOIN verdicts v USING (experiment_id, cell_id)

@@ -49,6 +49,14 @@ from scipy.special import bdtr, ndtr, ndtri, stdtrit
 Floats = NDArray[np.float64]
 SpeedVerdict = Literal["FASTER", "SAME", "SLOWER", "INCONCLUSIVE"]
 QualityVerdict = Literal["BETTER", "SAME", "NO LOSS", "WORSE", "INCONCLUSIVE"]
+InteractionVerdict = Literal["MULTIPLY", "LESS", "MORE", "INCONCLUSIVE"]
+# Verdicts that exclude a loss of quality.
+NOT_WORSE: tuple[QualityVerdict, ...] = ("BETTER", "SAME", "NO LOSS")
+
+# Relative difference in speed that counts as none, by kind of device (design: 2% GPU, 5% CPU).
+SPEED_MARGIN = {"cpu": 0.05, "cuda": 0.02}
+# Loss of a fraction metric that still counts as "no loss".
+QUALITY_MARGIN = 0.02
 
 CONFIDENCE = 0.95
 CONFIDENCE_OF_DIFFERENCES = 0.99
@@ -63,7 +71,8 @@ MOST_ITEMS_TO_RESAMPLE = 1_000
 _MOST_COUNTS = 2_000_000
 
 _LEVELS = (CONFIDENCE, CONFIDENCE_OF_DIFFERENCES)
-_NORMAL_QUANTILE, _WIDE_NORMAL_QUANTILE = (float(ndtri((1 + level) / 2)) for level in _LEVELS)
+# Half of an interval of each level of a normal distribution, in standard deviations.
+_NORMAL_QUANTILE, WIDE_NORMAL_QUANTILE = (float(ndtri((1 + level) / 2)) for level in _LEVELS)
 # A spread below this share of the values themselves is rounding.
 _ROUNDING = 1e-6
 # Times Student's quantile. A few near-equal items beside an odd one give resamples next to no
@@ -142,6 +151,9 @@ def speed_up_change(
     Above 1 the second run's speed-up is the larger one. Element i of all four is the same item, so
     what makes an item easy to speed up cancels. The interval is that of `speed_up`.
 
+    It is also the interaction of two methods, S(both) / (S(first) S(second)): the speed-up that the
+    second brings where the first is at work, (first, both), over that alone, (neither, second).
+
     Raises:
         ValueError: The sides have different numbers of items, or none.
     """
@@ -150,6 +162,26 @@ def speed_up_change(
         columns += [baseline.seconds, baseline.units, method.seconds, method.units]
         signs += [sign, -sign, -sign, sign]
     return _ratio_of_totals(columns, signs)
+
+
+def interaction_verdict(estimate: Estimate, margin: float) -> InteractionVerdict:
+    """Settle the gain of two methods together over the product of their gains alone.
+
+    The rule is that of `speed_verdict`: MORE: the 99% interval lies above 1 + margin, so each gains
+    more with the other. LESS: it lies below 1 / (1 + margin). MULTIPLY: the 95% interval lies
+    between the two. INCONCLUSIVE: none of these, or there is no interval.
+
+    Args:
+        estimate: The ratio with its intervals; 1 where gains multiply.
+        margin: Relative difference that does not matter.
+    """
+    words: dict[SpeedVerdict, InteractionVerdict] = {
+        "FASTER": "MORE",
+        "SLOWER": "LESS",
+        "SAME": "MULTIPLY",
+        "INCONCLUSIVE": "INCONCLUSIVE",
+    }
+    return words[speed_verdict(estimate, margin)]
 
 
 def geometric_mean_speed_up(baseline: ItemTotals, method: ItemTotals) -> float:
@@ -226,7 +258,7 @@ def wilson(successes: float, trials: int) -> Estimate:
 
     low, high = ends(_NORMAL_QUANTILE)
     return Estimate(
-        share, low, high, (high - low) / (2 * _NORMAL_QUANTILE), *ends(_WIDE_NORMAL_QUANTILE)
+        share, low, high, (high - low) / (2 * _NORMAL_QUANTILE), *ends(WIDE_NORMAL_QUANTILE)
     )
 
 
@@ -293,7 +325,7 @@ def tango(gained: int, lost: int, trials: int) -> Estimate:
 
     low, high = ends(_NORMAL_QUANTILE)
     error = (high - low) / (2 * _NORMAL_QUANTILE)
-    return Estimate(difference, low, high, error, *ends(_WIDE_NORMAL_QUANTILE))
+    return Estimate(difference, low, high, error, *ends(WIDE_NORMAL_QUANTILE))
 
 
 def mcnemar(gained: int, lost: int) -> float:

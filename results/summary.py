@@ -7,7 +7,7 @@ a number of a table comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,11 +36,16 @@ _NUMBERS = (
 )
 
 
+# Where nothing was sampled.
+_CERTAINLY_NONE = Estimate(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
 class Summary(NamedTuple):
-    """Rows for the tables `verdicts` and `metrics`."""
+    """Rows for the tables `verdicts`, `metrics` and `interactions`."""
 
     verdicts: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
+    interactions: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def summarize(
             quality = _Quality(experiment, metric, is_headline=place == 0)
             reference = None if is_baseline else baseline
             metrics.append(identity | quality.row(found, reference))
-    return Summary(verdicts, metrics)
+    return Summary(verdicts, metrics, _interactions(experiment, cells, data))
 
 
 def paired_totals(
@@ -323,16 +328,117 @@ def _compared_numbers(
     }
     if not is_baseline:
         row |= {
-            "speedup_low": estimate.low,
-            "speedup_high": estimate.high,
-            "speedup_low_99": estimate.wide_low,
-            "speedup_high_99": estimate.wide_high,
+            **_ends("speedup", estimate),
             "speed_verdict": statistics.speed_verdict(estimate, experiment.margin),
             "smallest_speed_difference": statistics.smallest_speed_difference(
                 estimate, experiment.margin, int(paired.sum())
             ),
         }
     return row
+
+
+class _Factorial(NamedTuple):
+    """The four cells of a design of two methods, on the items that all of them have."""
+
+    neither: _Cell
+    first: _Cell
+    second: _Cell
+    both: _Cell
+
+    def interaction(self, totals: Callable[[_Cell], ItemTotals]) -> Estimate:
+        """Return the gain of both over the product of each alone, where lower totals are gains.
+
+        Args:
+            totals: What is gained (seconds, forwards) and units of output of each item.
+        """
+        neither, first, second, both = map(totals, self)
+        return statistics.speed_up_change((neither, second), (first, both))
+
+
+def _interactions(
+    experiment: ExperimentRecord, cells: Sequence[CellRecord], data: Mapping[str, _Cell]
+) -> list[dict[str, Any]]:
+    """Return what becomes of the gains of two methods in a stack of them.
+
+    A stack has a row where both parts were measured beside it. Its numbers are None where one of
+    the four cells did not end `ok`, or where they have no item in common.
+    """
+    by_spec = {cell.spec: cell.cell_id for cell in cells if cell.spec}
+    rows = []
+    for cell in cells:
+        parts = [by_spec[part] for part in cell.parts if part in by_spec]
+        if len(cell.parts) != 2 or len(parts) != 2:
+            continue
+        row = {
+            "experiment_id": experiment.experiment_id,
+            "cell_id": cell.cell_id,
+            "first_cell": parts[0],
+            "second_cell": parts[1],
+        }
+        four = [data.get(each) for each in (experiment.baseline, *parts, cell.cell_id)]
+        found = [each for each in four if each is not None]
+        if len(found) == len(four):
+            row |= _interaction_numbers(experiment, _Factorial(*found))
+        rows.append(row)
+    return rows
+
+
+def _interaction_numbers(experiment: ExperimentRecord, whole: _Factorial) -> dict[str, Any]:
+    """Return the interactions of speed, of decoding speed, of tokens a forward and of quality."""
+    row: dict[str, Any] = {}
+    for headline in experiment.metrics[:1]:
+        row |= _Quality(experiment, headline, is_headline=True).interaction(whole)
+    paired = np.logical_and.reduce([cell.timed_items for cell in whole])
+    if not paired.any():
+        return row
+    timed = _Factorial(*(cell.on(paired) for cell in whole))
+    row["items"] = int(paired.sum())
+    row["as_first"] = int((timed.first.digests == timed.both.digests).all(axis=1).sum())
+    per_sample = experiment.facts.get("output_unit", "token") != "token"
+    kinds: dict[str, Callable[[_Cell], ItemTotals]] = {
+        "speed": lambda cell: _totals(cell, "seconds", per_sample)
+    }
+    if all(_knows(cell, "prefill_seconds") for cell in timed):
+        kinds["decode"] = _decode_totals
+    if all(_knows(cell, "target_forwards") for cell in timed):
+        kinds["tokens_per_forward"] = lambda cell: statistics.combine_repeats(
+            cell.numbers["target_forwards"], cell.numbers["decode_tokens"]
+        )
+    for kind, totals in kinds.items():
+        estimate = timed.interaction(totals)
+        if _number(estimate.value) is None:
+            continue
+        row |= {
+            kind: estimate.value,
+            **_ends(kind, estimate),
+            f"{kind}_verdict": statistics.interaction_verdict(estimate, experiment.margin),
+            f"{kind}_smallest": statistics.smallest_speed_difference(
+                estimate, experiment.margin, row["items"]
+            ),
+        }
+    return row
+
+
+def _ends(name: str, estimate: Estimate) -> dict[str, float | None]:
+    """Return the columns of an estimate's intervals, of 95% and of 99%."""
+    return {
+        f"{name}_low": estimate.low,
+        f"{name}_high": estimate.high,
+        f"{name}_low_99": estimate.wide_low,
+        f"{name}_high_99": estimate.wide_high,
+    }
+
+
+def _knows(cell: _Cell, column: str) -> bool:
+    """Return whether every sample has a value."""
+    return not np.isnan(cell.numbers[column][cell.measured]).any()
+
+
+def _decode_totals(cell: _Cell) -> ItemTotals:
+    """Return the seconds after the prefill and the tokens that they brought, of each item."""
+    return statistics.combine_repeats(
+        cell.numbers["seconds"] - cell.numbers["prefill_seconds"], cell.numbers["decode_tokens"]
+    )
 
 
 def _totals(cell: _Cell, clock: str, per_sample: bool) -> ItemTotals:
@@ -356,16 +462,11 @@ def _phases(
     """
     prefills, decodes = [], []
     for side in (baseline, cell):
-        prefill = side.numbers["prefill_seconds"]
-        if np.isnan(prefill[side.measured]).any():
+        if not _knows(side, "prefill_seconds"):
             return {}
         texts = np.where(side.measured, 1.0, np.nan)
-        prefills.append(statistics.combine_repeats(prefill, texts))
-        decodes.append(
-            statistics.combine_repeats(
-                side.numbers["seconds"] - prefill, side.numbers["decode_tokens"]
-            )
-        )
+        prefills.append(statistics.combine_repeats(side.numbers["prefill_seconds"], texts))
+        decodes.append(_decode_totals(side))
     # `speed_up` takes what stands above the line first.
     ratio = statistics.speed_up(prefills[1], prefills[0])
     decode = statistics.speed_up(decodes[0], decodes[1])
@@ -386,10 +487,7 @@ def _phases(
     row |= {"prefill_ratio_low": ratio.low, "prefill_ratio_high": ratio.high}
     if row["decode_speedup"] is not None:
         row |= {
-            "decode_speedup_low": decode.low,
-            "decode_speedup_high": decode.high,
-            "decode_speedup_low_99": decode.wide_low,
-            "decode_speedup_high_99": decode.wide_high,
+            **_ends("decode_speedup", decode),
             "decode_verdict": statistics.speed_verdict(decode, experiment.margin),
         }
     return row
@@ -475,24 +573,60 @@ class _Quality:
         if self.is_headline:
             row["smallest_difference"] = statistics.smallest_quality_difference(difference, margin)
         if difference.value == 0 and _outputs_agree(cell, baseline):
-            # Nothing was sampled: these are the baseline's own outputs and scores.
-            difference = Estimate(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            # These are the baseline's own outputs and scores.
+            difference = _CERTAINLY_NONE
         row |= {
             "difference": difference.value,
-            "difference_low": difference.low,
-            "difference_high": difference.high,
-            "difference_low_99": difference.wide_low,
-            "difference_high_99": difference.wide_high,
+            **_ends("difference", difference),
             "mcnemar_p": self._mcnemar(cell, baseline),
         }
         if self.is_headline:
-            verdict = statistics.quality_verdict(
-                difference, margin, higher_is_better=self.metric.higher_is_better
-            )
-            if self._lost_answers(cell, baseline) and verdict in ("BETTER", "SAME", "NO LOSS"):
-                verdict = "INCONCLUSIVE"
-            row["verdict"] = verdict
+            row["verdict"] = self._verdict(difference, self._lost_answers(cell, baseline))
         return row
+
+    def _verdict(self, difference: Estimate, is_short: bool) -> statistics.QualityVerdict:
+        """Settle a difference; where answers are lost, nothing says that none got worse."""
+        verdict = statistics.quality_verdict(
+            difference,
+            self.experiment.quality_margin,
+            higher_is_better=self.metric.higher_is_better,
+        )
+        return "INCONCLUSIVE" if is_short and verdict in statistics.NOT_WORSE else verdict
+
+    def interaction(self, whole: _Factorial) -> dict[str, Any]:
+        """Return the difference of differences: what both change beyond what each changes alone."""
+        difference = self._interaction(whole)
+        if difference is None:
+            return {}
+        if difference.value == 0 and (
+            _outputs_agree(whole.both, whole.first) and _outputs_agree(whole.second, whole.neither)
+        ):
+            difference = _CERTAINLY_NONE
+        is_short = any(self._lost_answers(cell, whole.neither) for cell in whole[1:])
+        return {
+            "metric": self.metric.name,
+            "quality": difference.value,
+            **_ends("quality", difference),
+            "quality_verdict": self._verdict(difference, is_short),
+            "quality_smallest": statistics.smallest_quality_difference(
+                difference, self.experiment.quality_margin
+            ),
+        }
+
+    def _interaction(self, whole: _Factorial) -> Estimate | None:
+        if self.metric.kind == "corpus":
+            found = [cell.corpus.get(self.metric.name) for cell in whole]
+            numbers = [each for each in found if each is not None]
+            if len(numbers) < len(found):
+                return None
+            neither, first, second, both = numbers
+            return self._corpus(both - first - second + neither)
+        units = [self._units(cell) for cell in whole]
+        shared = [unit for unit in units[0] if all(unit in each for each in units)]
+        if not shared:
+            return None
+        neither, first, second, both = (np.array([each[unit] for unit in shared]) for each in units)
+        return statistics.mean(both - first - second + neither)
 
     def _shared(self, cell: _Cell, baseline: _Cell) -> _Cell:
         """Return the baseline without its scores of items that the cell did not run."""

@@ -10,9 +10,10 @@ import csv
 import html
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class Table:
         rows: Cells of each row as text; the first one names the method.
         notes: Lines that belong below the table.
         data: The rows of the view, with full precision.
+        below: Tables that explain this one: what became of gains in stacks.
     """
 
     title: str
@@ -77,6 +79,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     data: tuple[Row, ...]
+    below: tuple[Table, ...] = ()
 
 
 def comparison_tables(
@@ -94,10 +97,9 @@ def comparison_tables(
     """
     with connect(index_path) as connection:
         run_id = run_id_of(connection, run)
-        cursor = connection.execute(_QUERY, {"run": run_id})
-        names = [column[0] for column in cursor.description]
-        rows = [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
+        rows = rows_of(connection.execute(_QUERY, {"run": run_id}))
         general = _run_notes(connection, run_id)
+        interactions = rows_of(connection.execute("SELECT * FROM interactions"))
     known = sorted({row["task"] for row in rows})
     for task in tasks:
         if task not in known:
@@ -111,7 +113,8 @@ def comparison_tables(
     for row in rows:
         if not tasks or row["task"] in tasks:
             groups.setdefault(tuple(row[name] for name in _SAME), []).append(row)
-    tables = [_table(group) for group in groups.values()]
+    found = {(row["experiment_id"], row["cell_id"]): row for row in interactions}
+    tables = [_table(group, found) for group in groups.values()]
     if general and tables:
         tables[-1] = _with_notes(tables[-1], general)
     return tables
@@ -129,6 +132,15 @@ def render(
         ValueError: `format` is none of `FORMATS`.
         StoreError: As in `comparison_tables`.
     """
+    return formatted(comparison_tables(index_path, run, tasks), format)
+
+
+def formatted(tables: Sequence[Table], format: str) -> str:
+    """Return comparison tables as text.
+
+    Raises:
+        ValueError: `format` is none of `FORMATS`.
+    """
     writers: dict[str, Callable[[Sequence[Table]], str]] = {
         "md": _markdown,
         "csv": _csv,
@@ -138,7 +150,7 @@ def render(
     }
     if format not in writers:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
-    return writers[format](comparison_tables(index_path, run, tasks))
+    return writers[format](tables)
 
 
 def terminal(index_path: Path, run: str | None = "latest", tasks: Sequence[str] = ()) -> Group:
@@ -150,7 +162,8 @@ def terminal(index_path: Path, run: str | None = "latest", tasks: Sequence[str] 
     from rich.console import Group
     from rich.text import Text
 
-    shown: list[Any] = [_InBlocks(table) for table in comparison_tables(index_path, run, tasks)]
+    found = _with_below(comparison_tables(index_path, run, tasks))
+    shown: list[Any] = [_InBlocks(table) for table in found]
     return Group(*(shown or [Text(_NOTHING)]))
 
 
@@ -224,6 +237,12 @@ def connect(index_path: Path) -> duckdb.DuckDBPyConnection:
     return connection
 
 
+def rows_of(cursor: duckdb.DuckDBPyConnection) -> list[Row]:
+    """Return all that a statement found, each row by the names of its columns."""
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
+
+
 _NOTHING = "No results."
 
 
@@ -271,8 +290,18 @@ def _run_notes(connection: duckdb.DuckDBPyConnection, run_id: str | None) -> lis
     ]
 
 
-def _table(group: list[Row]) -> Table:
-    """Make the table of comparable cells."""
+def _with_below(tables: Sequence[Table]) -> list[Table]:
+    """Return tables with those below them, in the order in which they are read."""
+    return [each for table in tables for each in (table, *table.below)]
+
+
+def _table(group: list[Row], interactions: Mapping[tuple[str, str], Row]) -> Table:
+    """Make the table of comparable cells.
+
+    Args:
+        group: The cells.
+        interactions: Of stacks, by experiment and cell.
+    """
     experiments = list(dict.fromkeys(row["experiment_id"] for row in group))
     rows = sorted(
         group,
@@ -286,24 +315,24 @@ def _table(group: list[Row]) -> Table:
     labels = _labels(rows)
     first = rows[0]
     columns: dict[str, Callable[[Row], str]] = {
-        "speed-up": _speed_up,
-        "bound": lambda row: text.ratio(row["speedup_bound"]),
+        "speed-up": lambda row: _with_interval(row, "speedup", "speed_verdict"),
+        "bound": lambda row: shown(row, "speedup_bound"),
     }
     if any(row["speed_of"] == "decode" for row in rows):
         columns |= {
-            "decode speed-up": _decode_speed_up,
-            "decode bound": lambda row: text.ratio(row["decode_bound"]),
+            "decode speed-up": lambda row: _with_interval(row, "decode_speedup", "decode_verdict"),
+            "decode bound": lambda row: shown(row, "decode_bound"),
         }
     columns |= {
-        "tokens/forward": lambda row: text.ratio(row["tokens_per_forward"]),
-        "tokens/s": lambda row: text.number(row["tokens_per_second"]),
-        "s/item": lambda row: text.number(row["seconds_per_item"]),
+        "tokens/forward": lambda row: shown(row, "tokens_per_forward"),
+        "tokens/s": lambda row: shown(row, "tokens_per_second"),
+        "s/item": lambda row: shown(row, "seconds_per_item"),
         **({"items": lambda row: str(row["items"] or "")} if _fewer(rows) else {}),
-        str(first["metric"] or "quality"): _quality,
+        str(first["metric"] or "quality"): lambda row: _with_interval(row, "quality"),
         "output": lambda row: row["output_check"] or "",
-        "vs baseline": _quality_delta,
-        "work": lambda row: text.ratio(row["work_ratio"]),
-        "memory": lambda row: text.ratio(row["memory_ratio"]),
+        "vs baseline": lambda row: _with_interval(row, "quality_delta", "quality_verdict"),
+        "work": lambda row: shown(row, "work_ratio"),
+        "memory": lambda row: shown(row, "memory_ratio"),
         "status": lambda row: row["status"],
     }
     if any(row["audit"] for row in rows):
@@ -311,13 +340,101 @@ def _table(group: list[Row]) -> Table:
     return Table(
         title=f"{first['task']} · {first['model']} · {first['hardware']} · {first['scenario']}",
         columns=("method", *columns),
-        rows=tuple(
-            (label, *(write(row) for write in columns.values()))
-            for label, row in zip(labels, rows, strict=True)
-        ),
-        notes=tuple(_notes(rows, labels)),
+        rows=_written(columns, labels, rows),
+        notes=(*_notes(rows, labels), *_unexplained(rows, labels, interactions)),
         data=tuple(rows),
+        below=tuple(_below(rows, labels, interactions)),
     )
+
+
+def _written(
+    columns: Mapping[str, Callable[[Row], str]], labels: Sequence[str], rows: Sequence[Row]
+) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (label, *(write(row) for write in columns.values()))
+        for label, row in zip(labels, rows, strict=True)
+    )
+
+
+def _below(
+    rows: Sequence[Row], labels: Sequence[str], interactions: Mapping[tuple[str, str], Row]
+) -> Iterator[Table]:
+    """Yield the table of what became of the gains of stacks' parts, if there is any stack."""
+    by_cell = {(row["experiment_id"], row["cell_id"]): row for row in rows}
+    found, named = [], []
+    for label, row in zip(labels, rows, strict=True):
+        own = interactions.get((row["experiment_id"], row["cell_id"]))
+        if own is not None and own["items"]:
+            found.append({**own, "quality_unit": row["quality_unit"]})
+            named.append(label)
+    if not found:
+        return
+    kinds = {"speed": "speedup"}
+    if any(row["speed_of"] == "decode" for row in rows):
+        kinds["decode"] = "decode_speedup"
+    columns: dict[str, Callable[[Row], str]] = {}
+    for kind, speed in kinds.items():
+        word = "speed-up" if kind == "speed" else "decode speed-up"
+        columns |= {
+            word: partial(_of_both, by_cell, speed),
+            f"{word} if gains multiplied": partial(_multiplied, by_cell, speed),
+            f"{kind} interaction": partial(_interaction, kind),
+        }
+    columns |= {
+        "tokens/forward interaction": partial(_interaction, "tokens_per_forward"),
+        f"{rows[0]['metric'] or 'quality'} interaction": partial(_interaction, "quality"),
+        "texts as first part": lambda row: f"{row['as_first']} of {row['items']}",
+    }
+    yield Table(
+        title=f"Interactions · {rows[0]['task']} · {rows[0]['model']}",
+        columns=("stack", *columns),
+        rows=_written(columns, named, found),
+        notes=(*_INTERACTION_NOTES, *_smallest_interaction(found)),
+        data=tuple(found),
+    )
+
+
+def _unexplained(
+    rows: Sequence[Row], labels: Sequence[str], interactions: Mapping[tuple[str, str], Row]
+) -> Iterator[str]:
+    """Say of which stacks it cannot be told what became of the gains of their parts."""
+    for label, row in zip(labels, rows, strict=True):
+        is_stack = row["status"] == "ok" and json.loads(row["parts"] or "[]")
+        if is_stack and (row["experiment_id"], row["cell_id"]) not in interactions:
+            yield f"{label}: no interaction: not both of its parts were measured beside it."
+
+
+_INTERACTION_NOTES = (
+    "Interaction: what both bring together over the product of what each brings alone; 1 where "
+    "gains multiply. MULTIPLY: within the margin of speed; LESS and MORE: beyond it, at 99%.",
+    "Of quality: what both change beyond the sum of what each changes alone; 0 where changes add "
+    "up. SAME: within the margin of quality.",
+)
+
+
+def _of_both(cells: Mapping[tuple[str, str], Row], column: str, row: Row) -> str:
+    return shown(cells[row["experiment_id"], row["cell_id"]], column)
+
+
+def _multiplied(cells: Mapping[tuple[str, str], Row], column: str, row: Row) -> str:
+    """Return the product of the parts' ratios; "" where one is not there."""
+    parts = [cells.get((row["experiment_id"], row[f"{part}_cell"])) for part in ("first", "second")]
+    ratios = [part[column] for part in parts if part is not None and part[column] is not None]
+    return text.ratio(ratios[0] * ratios[1]) if len(ratios) == 2 else ""
+
+
+def _interaction(kind: str, row: Row) -> str:
+    return _with_interval(row, kind, f"{kind}_verdict")
+
+
+def _smallest_interaction(rows: Sequence[Row]) -> Iterator[str]:
+    """Say which interactions would have been seen, by the coarsest of the rows."""
+    known = [row["speed_smallest"] for row in rows if row["speed_smallest"] is not None]
+    if known:
+        yield (
+            "Smallest interaction of speed that would have been seen (80% power): "
+            f"{text.percent(max(known))}."
+        )
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
@@ -356,33 +473,10 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _speed_up(row: Row) -> str:
-    value = text.interval(
-        *(text.ratio(row[name]) for name in ("speedup", "speedup_low", "speedup_high"))
-    )
-    return f"{value} {row['speed_verdict'] or ''}".strip()
-
-
-def _decode_speed_up(row: Row) -> str:
-    names = ("decode_speedup", "decode_speedup_low", "decode_speedup_high")
-    value = text.interval(*(text.ratio(row[name]) for name in names))
-    return f"{value} {row['decode_verdict'] or ''}".strip()
-
-
-def _quality(row: Row) -> str:
-    return text.interval(
-        *(_score(row, name) for name in ("quality", "quality_low", "quality_high"))
-    )
-
-
-def _quality_delta(row: Row) -> str:
-    value = text.interval(
-        *(
-            _score(row, name)
-            for name in ("quality_delta", "quality_delta_low", "quality_delta_high")
-        )
-    )
-    return f"{value} {row['quality_verdict'] or ''}".strip()
+def _with_interval(row: Row, column: str, verdict: str = "") -> str:
+    """Return a column of the view with its interval and, where there is one, its verdict."""
+    value = text.interval(*(shown(row, f"{column}{end}") for end in ("", "_low", "_high")))
+    return f"{value} {row[verdict] or ''}".strip() if verdict else value
 
 
 def _score(row: Row, name: str) -> str:
@@ -490,12 +584,12 @@ def _spread(values: Any) -> str:
 
 
 def _with_notes(table: Table, notes: Sequence[str]) -> Table:
-    return Table(table.title, table.columns, table.rows, (*table.notes, *notes), table.data)
+    return replace(table, notes=(*table.notes, *notes))
 
 
 def _markdown(tables: Sequence[Table]) -> str:
     parts = []
-    for table in tables:
+    for table in _with_below(tables):
         lines = [f"### {text.markdown(table.title)}", ""]
         lines.append(_markdown_row(table.columns))
         lines.append("|" + "---|" + "---:|" * (len(table.columns) - 1))
@@ -511,7 +605,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def _latex(tables: Sequence[Table]) -> str:
     parts = ["% needs \\usepackage{booktabs}"]
-    for table in tables:
+    for table in _with_below(tables):
         body = [_latex_row(table.columns), "\\midrule", *map(_latex_row, table.rows)]
         notes = " ".join(text.latex(note) for note in table.notes)
         parts.append(
@@ -553,6 +647,9 @@ _WRITERS: Mapping[str, Callable[[Row, str], str]] = {
             "decode_speedup_low",
             "decode_speedup_high",
             "decode_bound",
+            # Of `interactions`.
+            *("speed", "speed_low", "speed_high", "decode", "decode_low", "decode_high"),
+            *("tokens_per_forward_low", "tokens_per_forward_high"),
         ),
         lambda row, name: text.ratio(row[name]),
     ),
@@ -609,17 +706,12 @@ def _csv(tables: Sequence[Table]) -> str:
 
 def _json(tables: Sequence[Table]) -> str:
     """Write the tables as shown, and beside each row its numbers with full precision."""
-    content = [
-        {
-            "title": table.title,
-            "columns": table.columns,
-            "rows": table.rows,
-            "notes": table.notes,
-            "data": table.data,
-        }
-        for table in tables
-    ]
-    return text.json_text(content, indent=1) + "\n"
+    return text.json_text([_content(table) for table in tables], indent=1) + "\n"
+
+
+def _content(table: Table) -> Row:
+    own = {name: getattr(table, name) for name in ("title", "columns", "rows", "notes", "data")}
+    return {**own, "below": [_content(each) for each in table.below]}
 
 
 _STYLE = (
@@ -634,7 +726,7 @@ _STYLE = (
 
 def _html(tables: Sequence[Table]) -> str:
     parts = []
-    for table in tables:
+    for table in _with_below(tables):
         head = "".join(f'<th scope="col">{_escape(column)}</th>' for column in table.columns)
         body = "\n".join(
             f'<tr><th scope="row">{_escape(row[0])}</th>'

@@ -98,6 +98,11 @@ def latex(text: str) -> str:
     return f"{{}}{escaped}" if escaped.startswith(("[", "*")) else escaped
 
 
+def sql(text: str) -> str:
+    """Return text as a literal of SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
     """Return strict JSON; NaN and infinities, which it lacks, become their names."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)

@@ -9,10 +9,11 @@ from typing import Any
 
 import duckdb
 
+from results import text
 from results.claims import read_claims
 from results.ingest import fill
 from results.store import Store
-from results.tables import connect
+from results.tables import connect, rows_of
 
 # Sums may be added up in another order by another version of a library.
 _RELATIVE_TOLERANCE = 1e-9
@@ -30,6 +31,7 @@ _KEYS = {
     "corpus": ("experiment_id", "cell_id", "metric"),
     "metrics": ("experiment_id", "cell_id", "metric"),
     "verdicts": ("experiment_id", "cell_id"),
+    "interactions": ("experiment_id", "cell_id"),
     "rescores": ("experiment_id", "cell_id", "item_id", "metric", "scorer"),
     "scorer_metrics": ("experiment_id", "cell_id", "metric", "scorer"),
     "claim_verdicts": ("method", "claim_id"),
@@ -66,8 +68,7 @@ def verify(store_path: Path) -> list[str]:
         left_out = fill(again, store, claims)
         problems += [line for line in left_out if not line.startswith(tuple(problems))]
         for name, path in (("published", store.index_path), ("again", again)):
-            quoted = str(path).replace("'", "''")
-            connection.execute(f"ATTACH '{quoted}' AS {name} (READ_ONLY)")
+            connection.execute(f"ATTACH {text.sql(str(path))} AS {name} (READ_ONLY)")
         for table, key in _KEYS.items():
             problems += _differences(connection, store.index_path, table, key)
     return problems
@@ -79,11 +80,11 @@ def _differences(
     """Return a sentence for each row of a table that is not what the shards say."""
     sides = []
     for one, other in (("published", "again"), ("again", "published")):
-        cursor = connection.execute(
-            f"SELECT * FROM {one}.{table} EXCEPT ALL SELECT * FROM {other}.{table}"
+        rows = rows_of(
+            connection.execute(
+                f"SELECT * FROM {one}.{table} EXCEPT ALL SELECT * FROM {other}.{table}"
+            )
         )
-        names = [column[0] for column in cursor.description]
-        rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
         sides.append({tuple(row[name] for name in key): row for row in rows})
     published, again = sides
     problems = []

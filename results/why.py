@@ -24,6 +24,7 @@ import duckdb
 import numpy as np
 
 from results.statistics import Floats
+from results.tables import rows_of
 
 Latency = Callable[[float, float], float]
 """Seconds of one forward by its width and its context, both means and so no whole numbers."""
@@ -178,13 +179,13 @@ def explain(
         None where there is nothing to explain or not enough to do it with: the baseline itself, a
         cell that did not end well, a method that counts no forwards, an experiment without lat(N).
     """
-    cursor = connection.execute(
-        "SELECT c.*, e.step_cost, e.facts FROM comparison c JOIN experiments e "
-        "USING (experiment_id) WHERE c.experiment_id = ? AND c.cell_id = ?",
-        [experiment_id, cell_id],
+    found = rows_of(
+        connection.execute(
+            "SELECT c.*, e.step_cost, e.facts FROM comparison c JOIN experiments e "
+            "USING (experiment_id) WHERE c.experiment_id = ? AND c.cell_id = ?",
+            [experiment_id, cell_id],
+        )
     )
-    names = [column[0] for column in cursor.description]
-    found = [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
     if not found:
         return None
     (row,) = found

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.stats import norm
 
-from results.evidence import WIDE, Belief, Evidence, Known, Place
+from results.evidence import Belief, Evidence, Known, Place
+from results.statistics import WIDE_NORMAL_QUANTILE
 from runner.request import Request
 from runner.settings import parse_spec
 from runner.spec import ExperimentSpec
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 MOST_GROWTH = 8
 # Before a pair was measured: a method may well halve or double the speed, and the ratio of an item
 # varies by about so much.
-_UNMEASURED = Belief(mean=0.0, deviation=math.log(2), margin=math.log1p(0.05))
+_UNMEASURED_DEVIATION = math.log(2)
 _ITEM_DEVIATION = 0.3
 # Of what nothing like it was ever measured.
 _GUESSED_SAMPLE_SECONDS = 2.0
@@ -162,7 +163,7 @@ def growth(evidence: Evidence) -> float:
     needed = 1.0
     for belief in evidence.beliefs:
         distance = min(abs(belief.mean - belief.margin), abs(belief.mean + belief.margin))
-        reach = WIDE * belief.deviation
+        reach = WIDE_NORMAL_QUANTILE * belief.deviation
         needed = max(needed, (reach / distance) ** 2 if distance else math.inf)
     return min(needed, MOST_GROWTH)
 
@@ -178,11 +179,9 @@ def _entropy(belief: Belief) -> float:
 def _step(spec: ExperimentSpec, known: Known) -> Step:
     """Return an experiment that is not measured yet, as far as the store knows."""
     seconds, is_guessed = _seconds(spec, known)
+    unmeasured = Belief(0.0, _UNMEASURED_DEVIATION, math.log1p(spec.margin))
     bits = sum(
-        information(
-            Belief(_UNMEASURED.mean, _UNMEASURED.deviation, math.log1p(spec.margin)),
-            _ITEM_DEVIATION / math.sqrt(cell.num_items * spec.repeats),
-        )
+        information(unmeasured, _ITEM_DEVIATION / math.sqrt(cell.num_items * spec.repeats))
         for cell in spec.cells[1:]
     )
     cells = tuple((spec.experiment_id, cell.cell_id) for cell in spec.cells)
@@ -207,22 +206,18 @@ def _again(plan: Plan, known: Known, expand: Expand) -> tuple[list[Step], Instea
     steps: list[Step] = []
     settled: Instead = {}
     for (task, model), group in groups.items():
-        asked = Request(
+        asked = replace(
+            request,
             methods=tuple(each.method for each in group),
             tasks=(task,),
             models=(model,),
-            hardware=request.hardware,
-            executor=request.executor,
             names_methods=True,
-            seed=request.seed,
-            scenario=request.scenario,
-            store=request.store,
-            audit=request.audit,
-            timeout=request.timeout,
-            memory_bytes=request.memory_bytes,
-            offline=request.offline,
-            plugins=request.plugins,
-            label=request.label,
+            fresh=False,
+            # What a suite says of its own matrix does not hold for this one.
+            limits={},
+            method_limits={},
+            task_methods={},
+            task_models={},
         )
         more = _more(asked, [each.evidence for each in group], known, expand)
         answers = {answer.method: answer.pair for answer in more.answers}
@@ -261,9 +256,7 @@ def _more(asked: Request, evidence: Sequence[Evidence], known: Known, expand: Ex
         if not undecided:
             return larger
         # Measured before, at this size or at all that there is, and not decided: go on from there.
-        is_same = max(each.items * each.repeats for each in undecided) <= max(
-            each.items * each.repeats for each in evidence
-        )
+        is_same = max(each.samples for each in undecided) <= max(each.samples for each in evidence)
         if is_same and is_whole:
             return larger
         is_whole = is_whole or max(each.items for each in undecided) <= items

@@ -11,7 +11,8 @@ from typing import Any
 
 from runner.registry import Entry, Kind, Registry
 from runner.request import UsageError
-from runner.settings import parameters
+from runner.settings import parameters, parse_method
+from runner.stacking import make_method
 from runner.suites import load_suite
 
 
@@ -61,30 +62,30 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
         UsageError: No cell begins so, or several do.
         StoreError: There is no index.
     """
-    from results.tables import connect
+    from results.tables import connect, rows_of
     from runner import why
 
     if "@" in cell_id:
         cell_id = _last_measured(index_path, *cell_id.split("@", maxsplit=1))
 
     with connect(index_path) as connection:
-        found = connection.execute(
-            "SELECT comparison.*, divergences, notes, log_tail, cells.seconds, finished, "
-            "cells.audit AS audit_record "
-            "FROM comparison JOIN cells USING (experiment_id, cell_id) "
-            "WHERE starts_with(cell_id, $id) ORDER BY created DESC, experiment_id",
-            {"id": cell_id},
+        rows = rows_of(
+            connection.execute(
+                "SELECT comparison.*, divergences, notes, log_tail, cells.seconds, finished, "
+                "cells.audit AS audit_record "
+                "FROM comparison JOIN cells USING (experiment_id, cell_id) "
+                "WHERE starts_with(cell_id, $id) ORDER BY created DESC, experiment_id",
+                {"id": cell_id},
+            )
         )
-        names = [column[0] for column in found.description]
-        rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
-        dropped = connection.execute(
-            "SELECT * EXCLUDE (experiment_id, cell_id, method, spec) FROM dropped_evidence "
-            "WHERE starts_with(cell_id, $id) AND experiment_id = $experiment "
-            "ORDER BY item_id, repeat",
-            {"id": cell_id, "experiment": rows[0]["experiment_id"] if rows else ""},
+        evidence = rows_of(
+            connection.execute(
+                "SELECT * EXCLUDE (experiment_id, cell_id, method, spec) FROM dropped_evidence "
+                "WHERE starts_with(cell_id, $id) AND experiment_id = $experiment "
+                "ORDER BY item_id, repeat",
+                {"id": cell_id, "experiment": rows[0]["experiment_id"] if rows else ""},
+            )
         )
-        columns = [column[0] for column in dropped.description]
-        evidence = [dict(zip(columns, row, strict=True)) for row in dropped.fetchall()]
     cells = {row["cell_id"]: row["method"] for row in reversed(rows)}
     if len(cells) != 1:
         listed = ", ".join(f"{each[:12]} ({method})" for each, method in list(cells.items())[:5])
@@ -143,7 +144,32 @@ def _last_measured(index_path: Path, method: str, task: str) -> str:
     return str(last[0][0])
 
 
+def _stack(registry: Registry, name: str) -> list[Section]:
+    made = make_method(name, registry)
+    facts = {
+        "name": made.spec,
+        "what": "A stack: each part is applied to what the one before it yields.",
+        "family": made.family,
+        "role": made.method.role,
+        "output": str(made.method.output),
+        "takes": made.method.capability,
+    }
+    parts = [make_method(part, registry) for part in made.parts]
+    rows = [
+        {
+            "part": part.spec,
+            "family": part.family,
+            "output": str(part.method.output),
+            "settings": _plain(part.method.parameters()),
+        }
+        for part in parts
+    ]
+    return [_facts("", facts), Section("Parts", rows)]
+
+
 def _method(registry: Registry, name: str, imports: bool) -> list[Section]:
+    if len(parse_method(name).parts) > 1:
+        return _stack(registry, name)
     entry = registry.find("method", name)
     card = registry.card(name)
     facts = {

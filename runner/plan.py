@@ -27,6 +27,7 @@ from models.loading import (
     weights_hash,
 )
 from results import evidence
+from results.statistics import QUALITY_MARGIN, SPEED_MARGIN
 from results.store import Store
 from runner import budget
 from runner.budget import Step
@@ -36,7 +37,6 @@ from runner.keys import (
     PROTOCOL_VERSION,
     PartialDigest,
     digest,
-    method_source,
     shared_source,
     versions,
     written_pairs,
@@ -46,12 +46,9 @@ from runner.registry import Registry
 from runner.request import Request, UsageError
 from runner.settings import build, format_spec, parse_spec
 from runner.spec import CellSpec, ExperimentSpec
+from runner.stacking import ImpossibleStack, Made, make_method, source_of
 from tasks.base import Item, Task
 
-# Relative difference in speed that counts as none, by kind of device (design: 2% GPU, 5% CPU).
-SPEED_MARGIN = {"cpu": 0.05, "cuda": 0.02}
-# Loss of a fraction metric that still counts as "no loss".
-QUALITY_MARGIN = 0.02
 # Loading, calibration, warm-up and scoring of an experiment, at the very most.
 _OTHER_SECONDS = 7200.0
 LONGEST_CPU_SECONDS = 10**9  # what the kernel takes
@@ -189,11 +186,11 @@ def _expand(request: Request, run_id: str, finished: Mapping[str, str]) -> Plan:
     known = _Known(registry, request)
     for task_text in request.tasks:
         material = _Material(task_text, registry, request)
-        methods = known.methods(
+        asked = known.methods(
             request.methods_of(task_text), request.method_limits.get(task_text, {})
         )
         for model_text in request.models_of(task_text):
-            _plan_experiment(plan, known, profile, store, finished, material, model_text, methods)
+            _plan_experiment(plan, known, profile, store, finished, material, model_text, asked)
     return plan
 
 
@@ -213,10 +210,28 @@ def _profile(request: Request) -> Profile:
 
 @dataclass(frozen=True)
 class _Wanted:
-    spec: str
-    name: str
-    method: Method[Any]
+    made: Made
     limit: int | None = None  # of its own
+
+    @property
+    def spec(self) -> str:
+        return self.made.spec
+
+    @property
+    def method(self) -> Method[Any]:
+        return self.made.method
+
+
+class _Asked(NamedTuple):
+    """The methods of a task.
+
+    Attributes:
+        methods: In order, each once.
+        refused: Stacks that cannot be, as they are written, each with the reason.
+    """
+
+    methods: list[_Wanted]
+    refused: dict[str, str]
 
 
 class _Material:
@@ -301,31 +316,43 @@ class _Known:
         self._sources: dict[str, str] = {}
         self._about: dict[str, _About] = {}
 
-    def methods(self, texts: Sequence[str], limits: Mapping[str, int]) -> list[_Wanted]:
-        """Return the methods in order, each once, with the limits of their own."""
-        own = {self.wanted(text).spec: limit for text, limit in limits.items()}
+    def methods(self, texts: Sequence[str], limits: Mapping[str, int]) -> _Asked:
+        """Return the methods with the limits of their own.
+
+        Raises:
+            UsageError: A method is wrong; so is a stack that cannot be where methods were named one
+                by one, while a suite's others go on without it.
+        """
+        own: dict[str, int] = {}
+        for text, limit in limits.items():
+            with suppress(ImpossibleStack):
+                own[self.wanted(text).spec] = limit
         found: dict[str, _Wanted] = {}
+        refused: dict[str, str] = {}
         for text in texts:
-            wanted = self.wanted(text)
+            try:
+                wanted = self.wanted(text)
+            except ImpossibleStack as error:
+                if self._request.names_methods:
+                    raise
+                refused[text] = str(error)
+                continue
             if wanted.spec in own:
                 wanted = replace(wanted, limit=own[wanted.spec])
             found.setdefault(wanted.spec, wanted)
-        return list(found.values())
+        return _Asked(list(found.values()), refused)
 
     def wanted(self, text: str) -> _Wanted:
         """Return a method by its spec."""
         if text not in self._wanted:
-            spec = parse_spec(text)
-            cls = self.registry.load_method(spec.name)
-            method = build(cls, spec.params, f"method {spec.name!r}")
-            self._wanted[text] = _Wanted(format_spec(method, spec.name), spec.name, method)
+            self._wanted[text] = _Wanted(make_method(text, self.registry))
         return self._wanted[text]
 
     def model(self, text: str) -> _Model:
         """Return a model by its spec."""
         if text not in self._models:
-            model_id, settings = _model(text, self.registry)
-            offered = _offered(model_id, settings, offline=self._request.offline)
+            model_id, settings = named_model(text, self.registry)
+            offered = offered_as(model_id, settings, offline=self._request.offline)
             spec = format_spec(settings, model_id)
             self._models[text] = _Model(model_id, settings, spec, offered)
         return self._models[text]
@@ -347,17 +374,17 @@ class _Known:
     def about(self, wanted: _Wanted) -> _About:
         """Return what every cell of a method holds."""
         if wanted.spec not in self._about:
-            entry = self.registry.find("method", wanted.name)
-            if wanted.name not in self._sources:
-                self._sources[wanted.name] = method_source(entry.source)
+            name = wanted.made.name
+            if name not in self._sources:
+                self._sources[name] = source_of(name, self.registry)
             params = wanted.method.parameters()
             own = {
-                **_named_hashes(params),
-                "method": wanted.name,
+                **_hashes(wanted.made, params),
+                "method": name,
                 "params": params,
-                "method_source": self._sources[wanted.name],
+                "method_source": self._sources[name],
             }
-            self._about[wanted.spec] = _About(params, entry.family, written_pairs(own))
+            self._about[wanted.spec] = _About(params, written_pairs(own))
         return self._about[wanted.spec]
 
 
@@ -366,12 +393,10 @@ class _About(NamedTuple):
 
     Attributes:
         params: Its hyper-parameters.
-        family: Folder of the method.
         pairs: What of it decides about an answer, as written in the digest of a cell.
     """
 
     params: dict[str, Any]
-    family: str
     pairs: dict[str, str]
 
 
@@ -395,8 +420,7 @@ def _baseline_first(wanted: list[_Wanted], capability: str, registry: Registry) 
         raise UsageError(
             f"no baseline among the methods: name one that takes a {capability} with --method."
         )
-    name = CONVENTIONS[capability].baseline
-    wanted.insert(0, _Wanted(name, name, registry.load_method(name)()))
+    wanted.insert(0, _Wanted(make_method(CONVENTIONS[capability].baseline, registry)))
 
 
 def _plan_experiment(
@@ -407,29 +431,32 @@ def _plan_experiment(
     finished: Mapping[str, str],
     material: _Material,
     model_text: str,
-    methods: Sequence[_Wanted],
+    asked: _Asked,
 ) -> None:
-    request = plan.request
+    request, methods = plan.request, asked.methods
     is_local = request.executor == "local"
     task, task_spec = material.task, material.spec
     model = known.model(model_text)
     model_spec, offered = model.spec, model.offered
 
-    def skip(each: _Wanted, reason: str) -> None:
+    def skip(method: str, reason: str) -> None:
         plan.skipped.append(
-            {"method": each.spec, "task": task_spec, "model": model_spec, "reason": reason}
+            {"method": method, "task": task_spec, "model": model_spec, "reason": reason}
         )
 
+    for spec, reason in asked.refused.items():
+        skip(spec, reason)
     capability = taken_as(task.capability, offered)
     fitting = [each for each in methods if each.method.capability == capability]
     if fitting or request.names_methods:
         for each in methods:
             takes = each.method.capability
             if takes != capability:
-                skip(each, f"it changes a {takes}, the task runs a {capability}")
+                skip(each.spec, f"it changes a {takes}, the task runs a {capability}")
     if offered and capability not in offered:
         for each in methods:
-            skip(each, f"the task runs a {task.capability}, the model is {' or '.join(offered)}")
+            reason = f"the task runs a {task.capability}, the model is {' or '.join(offered)}"
+            skip(each.spec, reason)
         return
     if not fitting and request.names_methods:
         return
@@ -437,7 +464,8 @@ def _plan_experiment(
     _baseline_first(fitting, capability, known.registry)
     if request.scenario == "throughput":
         for each in fitting:
-            skip(each, "the throughput scenario needs batches, which no text model here runs yet")
+            reason = "the throughput scenario needs batches, which no text model here runs yet"
+            skip(each.spec, reason)
         return
     items, task_hash = material.items, material.hash
     model_hash = known.weights(model)
@@ -466,7 +494,8 @@ def _plan_experiment(
         conditions["audit"] = True  # it changes the order, and the row must carry its result
     key_of = PartialDigest(conditions)
     cells = [_cell(each, key_of, material, known) for each in fitting]
-    missing = [c for c in cells if request.fresh or c.cell_id not in finished]
+    apart = _measured_apart(cells, finished)
+    missing = [c for c in cells if request.fresh or c.cell_id not in finished or c.cell_id in apart]
     if missing and missing[0] is not cells[0]:
         # Ratios are taken within one process: the baseline is measured again beside new methods.
         missing.insert(0, cells[0])
@@ -474,7 +503,6 @@ def _plan_experiment(
     experiment_id = ""
     if missing:
         experiment_id = _experiment_id(store, missing, request.fresh)
-        margin = SPEED_MARGIN[profile.kind]
         plan.experiments.append(
             ExperimentSpec(
                 experiment_id=experiment_id,
@@ -498,7 +526,7 @@ def _plan_experiment(
                 cpu_seconds=_cpu_seconds(request, sum(cell.num_items for cell in missing)),
                 audit=request.audit,
                 offline=request.offline,
-                margin=margin,
+                margin=SPEED_MARGIN[profile.kind],
                 quality_margin=QUALITY_MARGIN,
                 scale="embedded" if _is_embedded(model.id, task) else "paper",
             )
@@ -520,13 +548,39 @@ def _cell(wanted: _Wanted, key_of: PartialDigest, material: _Material, known: _K
     return CellSpec(
         cell_id=key_of(own)[:24],
         method=wanted.spec,
-        name=wanted.name,
+        name=wanted.made.name,
         params=about.params,
         num_items=len(items),
-        family=about.family,
+        family=wanted.made.family,
         role=wanted.method.role,
         declared_output=wanted.method.declared_output(material.temperature).value,
+        parts=list(wanted.made.parts),
     )
+
+
+def _measured_apart(cells: Sequence[CellSpec], finished: Mapping[str, str]) -> set[str]:
+    """Return stacks and their parts that were not all measured in one experiment.
+
+    What a stack makes of its parts is told by ratios within one process, like any other.
+
+    Args:
+        cells: Of an experiment.
+        finished: Experiment of each cell that was measured.
+    """
+    by_spec = {cell.method: cell.cell_id for cell in cells}
+    found: set[str] = set()
+    for cell in cells:
+        together = [cell.cell_id, *(by_spec[part] for part in cell.parts if part in by_spec)]
+        if len({finished.get(cell_id) for cell_id in together}) > 1:
+            found.update(together)
+    return found
+
+
+def _hashes(made: Made, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hashes of files that the parameters of a method or of a stack's parts name."""
+    if not made.parts:
+        return _named_hashes(params)
+    return {"hashes": {name: _named_hashes(own) for name, own in params.items()}}
 
 
 def _named_hashes(params: Mapping[str, Any]) -> dict[str, str]:
@@ -565,7 +619,7 @@ def _experiment_id(store: Store, cells: Sequence[CellSpec], fresh: bool) -> str:
         attempt += 1
 
 
-def _offered(model_id: str, settings: LoadSettings, *, offline: bool) -> tuple[str, ...]:
+def offered_as(model_id: str, settings: LoadSettings, *, offline: bool) -> tuple[str, ...]:
     """Return what a model can be loaded as; () where that is not known."""
     if ":" in model_id:
         # Its files say it. Where they are not to be had, the plan says so further down.
@@ -574,7 +628,16 @@ def _offered(model_id: str, settings: LoadSettings, *, offline: bool) -> tuple[s
     return capabilities(model_id, settings.revision)
 
 
-def _model(text: str, registry: Registry) -> tuple[str, LoadSettings]:
+def named_model(text: str, registry: Registry) -> tuple[str, LoadSettings]:
+    """Return a model's id and how it is loaded.
+
+    Args:
+        text: Spec, `smollm2-135m`, `hf:<id>` or `path:<folder>`, with settings.
+        registry: Where embedded models are.
+
+    Raises:
+        UsageError: There is no such model or setting.
+    """
     spec = parse_spec(text)
     if not spec.name.startswith(("hf:", "path:")):
         registry.find("model", spec.name)

@@ -317,27 +317,30 @@ def _parse(path: Path) -> ast.Module:
 
 def _is_task(name: str, classes: Mapping[str, ast.ClassDef]) -> bool:
     """Return whether a class is a task that can be made, as far as its source says."""
-    return "Task" in _ancestors(name, classes) and not _abstract(name, classes)
+    return "Task" in _lineage(name, classes)[1:] and not _abstract(name, classes)
 
 
-def _ancestors(name: str, classes: Mapping[str, ast.ClassDef]) -> set[str]:
+def _lineage(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
+    """Return a class and what it is built on, in the order in which names are looked up."""
     bases = _bases(classes[name]) if name in classes else []
-    return set(bases).union(*(_ancestors(base, classes) for base in bases))
+    found = [name, *(each for base in bases for each in _lineage(base, classes))]
+    # A base of several comes behind them all.
+    return [*dict.fromkeys(reversed(found))][::-1]
 
 
 def _abstract(name: str, classes: Mapping[str, ast.ClassDef]) -> set[str]:
     """Return the names that a class and its bases declare abstract and nobody defines."""
-    if name not in classes:
-        return set()
-    missing = set().union(*(_abstract(base, classes) for base in _bases(classes[name])))
-    for node in classes[name].body:
-        if isinstance(node, ast.FunctionDef):
-            marks = {ast.unparse(mark).rpartition(".")[2] for mark in node.decorator_list}
-            (missing.add if "abstractmethod" in marks else missing.discard)(node.name)
-        elif isinstance(node, ast.Assign):
-            missing -= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            missing.discard(node.target.id)
+    missing: set[str] = set()
+    # From the furthest base on: what is nearer has the last word.
+    for each in reversed(_lineage(name, classes)):
+        for node in classes[each].body if each in classes else ():
+            if isinstance(node, ast.FunctionDef):
+                marks = {ast.unparse(mark).rpartition(".")[2] for mark in node.decorator_list}
+                (missing.add if "abstractmethod" in marks else missing.discard)(node.name)
+            elif isinstance(node, ast.Assign):
+                missing -= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                missing.discard(node.target.id)
     return missing
 
 

@@ -27,6 +27,8 @@ from runner.request import UsageError
 T = TypeVar("T")
 
 _PARAMETER = re.compile(r"[A-Za-z_]\w*=")
+JOINT = "+"
+_JOINED = re.compile(r"\+(?=\s*[A-Za-z])")
 _TRUE = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _BRACKETS = {"[": "]", "(": ")"}
 
@@ -83,6 +85,11 @@ class Spec:
     name: str
     params: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing is set."""
+        return not self.params
+
     def __str__(self) -> str:
         """Return the spec as text, parameters in their order."""
         pairs = ",".join(f"{key}={value}" if key else value for key, value in self.params.items())
@@ -131,12 +138,41 @@ def parse_spec(text: str) -> Spec:
     return Spec(name.strip(), params)
 
 
-def _split(text: str, whole: str) -> list[str]:
-    """Split at the commas that stand outside brackets and double quotes."""
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method as written: one spec, or those of the parts of a stack, in their order."""
+
+    parts: tuple[Spec, ...]
+
+    @property
+    def name(self) -> str:
+        """The name, that of a stack made of its parts' names: `snapkv+prompt-lookup`."""
+        return JOINT.join(part.name for part in self.parts)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing is set."""
+        return all(part.is_bare for part in self.parts)
+
+
+def parse_method(text: str) -> MethodSpec:
+    """Split `name[:key=value,…][+name[:key=value,…]]`.
+
+    A `+` with a letter behind it joins two methods, unless it stands inside brackets or double
+    quotes; `1e+3` is a number.
+
+    Raises:
+        UsageError: A part is no spec.
+    """
+    return MethodSpec(tuple(map(parse_spec, _split(text, text, _JOINED) or [text])))
+
+
+def _split(text: str, whole: str, at: re.Pattern[str] = re.compile(",")) -> list[str]:
+    """Split at the separators, commas if not told, outside brackets and double quotes."""
     if not text.strip():
         return []
     parts, start, closers, quoted, escaped = [], 0, [], False, False
-    for at, character in enumerate(text):
+    for place, character in enumerate(text):
         if quoted:
             if escaped:
                 escaped = False
@@ -151,9 +187,9 @@ def _split(text: str, whole: str) -> list[str]:
         elif character in _BRACKETS.values():
             if not closers or closers.pop() != character:
                 raise UsageError(f"{character!r} closes nothing in {whole!r}.")
-        elif character == "," and not closers:
-            parts.append(text[start:at])
-            start = at + 1
+        elif not closers and at.match(text, place):
+            parts.append(text[start:place])
+            start = place + 1
     if quoted or closers:
         raise UsageError(f"{'a double quote' if quoted else 'a bracket'} stays open in {whole!r}.")
     return [*parts, text[start:]]
@@ -300,7 +336,7 @@ def format_value(value: Any, annotation: Any) -> str:
     if isinstance(value, (str, Path)):
         text = str(value)
         # Quotes are for texts that would split a spec or read as something else.
-        if re.fullmatch(r"[\w./+@-]+( [\w./+@-]+)*", text):
+        if re.fullmatch(r"[\w./@-]+( [\w./@-]+)*", text):
             try:
                 if _same(_convert(text, annotation, ""), value):
                     return text

@@ -32,7 +32,7 @@ class CellSpec:
         name: Its name alone.
         params: Its hyper-parameters.
         num_items: How many of the experiment's items it runs, the first ones.
-        family, role, declared_output: For the record.
+        family, role, declared_output, parts: For the record.
     """
 
     cell_id: str
@@ -43,6 +43,7 @@ class CellSpec:
     family: str
     role: str
     declared_output: str
+    parts: list[str] = field(default_factory=list)
 
     def record(self, experiment_id: str, status: Status, **details: Any) -> CellRecord:
         """Return the cell's record, ended now.
@@ -61,6 +62,7 @@ class CellSpec:
             role=self.role,
             declared_output=self.declared_output,
             spec=self.method,
+            parts=self.parts,
             status=status,
             finished=now(),
             **details,

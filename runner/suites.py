@@ -17,7 +17,7 @@ limits = { beam-search = 8 }  # the first 8 of them for a slow method
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -32,7 +32,7 @@ from runner.request import (
     Scenario,
     UsageError,
 )
-from runner.settings import choose, from_table, parse_spec
+from runner.settings import MethodSpec, Spec, choose, from_table, parse_method, parse_spec
 
 DEFAULT_SUITE = "embedded"
 
@@ -211,7 +211,7 @@ def make_request(
     choose("executor", executor, EXECUTORS)
     request = replace(
         base,
-        methods=_narrow(base.methods, methods, is_named),
+        methods=_narrow(base.methods, methods, is_named, parse_method),
         tasks=_narrow(base.tasks, tasks, is_named),
         models=_narrow(base.models, models, is_named),
         hardware=hardware or base.hardware,
@@ -258,7 +258,8 @@ def _with_forms(
 def _check_names(request: Request, registry: Registry) -> None:
     """Look every name up, which takes no import: a slip of the pen should not wait for torch."""
     for text in chain(request.methods, *request.task_methods.values()):
-        registry.find("method", parse_spec(text).name)
+        for part in parse_method(text).parts:
+            registry.find("method", part.name)
     for text in request.tasks:
         registry.find("task", parse_spec(text).name)
     for text in chain(request.models, *request.task_models.values()):
@@ -269,13 +270,19 @@ def _check_names(request: Request, registry: Registry) -> None:
         registry.find("hardware", request.hardware)
 
 
-def _narrow(held: Sequence[str], wanted: Sequence[str], is_named: bool) -> tuple[str, ...]:
+def _narrow(
+    held: Sequence[str],
+    wanted: Sequence[str],
+    is_named: bool,
+    parse: Callable[[str], Spec | MethodSpec] = parse_spec,
+) -> tuple[str, ...]:
     """Return the wanted specs, bare names replaced by what a named suite holds under them."""
     if not wanted:
         return tuple(held)
     result: list[str] = []
     for text in wanted:
-        spec = parse_spec(text)
-        same = [each for each in held if parse_spec(each).name == spec.name]
-        result += same if is_named and same and not spec.params else [text]
+        # A task's or model's spec may hold a `+`, which joins methods only.
+        spec = parse(text)
+        same = [each for each in held if parse(each).name == spec.name]
+        result += same if is_named and same and spec.is_bare else [text]
     return tuple(result)

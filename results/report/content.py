@@ -13,10 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
-import duckdb
-
 from results.claim_report import PaperReport
-from results.tables import Row, Table, comparison_tables, connect
+from results.tables import Row, Table, comparison_tables, connect, rows_of
 
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 # Names of devices, which Windows takes for themselves whatever their suffix.
@@ -103,21 +101,23 @@ def read(index_path: Path) -> Content:
         StoreError: It is missing, is no index, or was made by another version.
     """
     with connect(index_path) as connection:
-        experiments = _rows(
-            connection,
+
+        def rows(query: str) -> list[Row]:
+            return rows_of(connection.execute(query))
+
+        experiments = rows(
             "SELECT e.*, n.environment FROM experiments e "
-            "LEFT JOIN environments n USING (environment_id) ORDER BY created, experiment_id",
+            "LEFT JOIN environments n USING (environment_id) ORDER BY created, experiment_id"
         )
-        cells = _rows(
-            connection,
+        cells = rows(
             "SELECT comparison.*, c.divergences, c.notes, c.log_tail, c.finished, "
             "c.seconds AS cell_seconds, c.audit AS audit_record "
             "FROM comparison JOIN cells c USING (experiment_id, cell_id) "
-            "ORDER BY experiment_id, method, cell_id",
+            "ORDER BY experiment_id, method, cell_id"
         )
-        metrics = _rows(connection, "SELECT * FROM metrics ORDER BY is_headline DESC, metric")
-        scorers = _rows(connection, "SELECT * FROM scorer_metrics ORDER BY metric, scorer")
-        runs = _rows(connection, "SELECT * FROM runs ORDER BY started DESC, run_id DESC")
+        metrics = rows("SELECT * FROM metrics ORDER BY is_headline DESC, metric")
+        scorers = rows("SELECT * FROM scorer_metrics ORDER BY metric, scorer")
+        runs = rows("SELECT * FROM runs ORDER BY started DESC, run_id DESC")
         planned = connection.execute(
             "SELECT run_id, experiment_id, cell_id FROM run_cells ORDER BY run_id, place"
         ).fetchall()
@@ -151,12 +151,6 @@ def slug(name: str) -> str:
 def loaded(value: str | None) -> Any:
     """Return what a JSON column holds; None where it is empty."""
     return json.loads(value) if value else None
-
-
-def _rows(connection: duckdb.DuckDBPyConnection, query: str) -> list[Row]:
-    cursor = connection.execute(query)
-    names = [column[0] for column in cursor.description]
-    return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
 
 
 def _by_cell(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

@@ -56,8 +56,8 @@ class Quantity:
         """Return the statement that reads it from the view."""
         return (
             f"SELECT {', '.join(self.columns)} FROM comparison "
-            f"WHERE experiment_id = {quoted(row['experiment_id'])} "
-            f"AND cell_id = {quoted(row['cell_id'])}"
+            f"WHERE experiment_id = {text.sql(row['experiment_id'])} "
+            f"AND cell_id = {text.sql(row['cell_id'])}"
         )
 
 
@@ -112,11 +112,6 @@ QUANTITIES: Final = (
 )
 
 
-def quoted(name: str) -> str:
-    """Return text as a literal of SQL."""
-    return "'" + name.replace("'", "''") + "'"
-
-
 def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str:
     """Return the statement that makes a number anew from the samples; "" where SQL cannot.
 
@@ -126,7 +121,9 @@ def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str
         metric_kind: `kind` of the headline metric.
         output_unit: `token`, or what of each call yields one.
     """
-    own = f"experiment_id = {quoted(row['experiment_id'])} AND cell_id = {quoted(row['cell_id'])}"
+    own = (
+        f"experiment_id = {text.sql(row['experiment_id'])} AND cell_id = {text.sql(row['cell_id'])}"
+    )
     if column == "items":
         return f"SELECT count(DISTINCT item_id) FROM samples WHERE {own}"
     if column == "seconds_per_item":
@@ -135,7 +132,7 @@ def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str
         return f"SELECT sum(output_tokens) / sum(seconds) FROM samples WHERE {own}"
     if column == "tokens_per_forward":
         return f"SELECT sum(decode_tokens) / sum(target_forwards) FROM samples WHERE {own}"
-    metric = f"metric = {quoted(str(row['metric']))}"
+    metric = f"metric = {text.sql(str(row['metric']))}"
     if column == "quality" and metric_kind in ("binary", "mean"):
         return f"SELECT avg(value) FROM scores WHERE {own} AND {metric}"
     both = _both(row)
@@ -144,9 +141,9 @@ def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str
             f"WITH {both} SELECT avg(own.value - plain.value) "
             "FROM scores own JOIN both_ran USING (item_id) JOIN scores plain "
             "USING (experiment_id, item_id, metric) "
-            f"WHERE own.experiment_id = {quoted(row['experiment_id'])} "
-            f"AND own.cell_id = {quoted(row['cell_id'])} AND own.{metric} "
-            f"AND plain.cell_id = {quoted(row['baseline_cell_id'])}"
+            f"WHERE own.experiment_id = {text.sql(row['experiment_id'])} "
+            f"AND own.cell_id = {text.sql(row['cell_id'])} AND own.{metric} "
+            f"AND plain.cell_id = {text.sql(row['baseline_cell_id'])}"
         )
     unit = "output_tokens" if output_unit == "token" else "1"
     if column == "speedup":
@@ -155,7 +152,7 @@ def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str
             f"WITH {both}, totals AS (SELECT cell_id, avg({unit}) AS units, "
             f"CASE WHEN min({unit}) = max({unit}) THEN median(seconds) ELSE avg(seconds) END "
             "AS seconds FROM samples JOIN both_ran USING (item_id) "
-            f"WHERE experiment_id = {quoted(row['experiment_id'])} GROUP BY cell_id, item_id) "
+            f"WHERE experiment_id = {text.sql(row['experiment_id'])} GROUP BY cell_id, item_id) "
             f"SELECT {_ratio(row, 'sum(seconds)', 'sum(units)', is_own_first=False)} FROM totals"
         )
     if column in ("work_ratio", "memory_ratio"):
@@ -166,7 +163,7 @@ def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str
         )
         return (
             f"WITH {both} SELECT {ratio} FROM samples JOIN both_ran USING (item_id) "
-            f"WHERE experiment_id = {quoted(row['experiment_id'])}"
+            f"WHERE experiment_id = {text.sql(row['experiment_id'])}"
         )
     return ""
 
@@ -175,15 +172,15 @@ def samples_sql(row: Row) -> str:
     """Return the statement that lists the samples of a cell and of its baseline."""
     cells = dict.fromkeys((row["cell_id"], row["baseline_cell_id"]))
     return (
-        f"SELECT * FROM samples WHERE experiment_id = {quoted(row['experiment_id'])} "
-        f"AND cell_id IN ({', '.join(map(quoted, cells))}) ORDER BY item_id, repeat, position"
+        f"SELECT * FROM samples WHERE experiment_id = {text.sql(row['experiment_id'])} "
+        f"AND cell_id IN ({', '.join(map(text.sql, cells))}) ORDER BY item_id, repeat, position"
     )
 
 
 def _both(row: Row) -> str:
     """Return the items that the cell and its baseline both ran, as a common table."""
-    cells = [quoted(row["cell_id"]), quoted(row["baseline_cell_id"])]
-    chosen = f"FROM samples WHERE experiment_id = {quoted(row['experiment_id'])} AND cell_id ="
+    cells = [text.sql(row["cell_id"]), text.sql(row["baseline_cell_id"])]
+    chosen = f"FROM samples WHERE experiment_id = {text.sql(row['experiment_id'])} AND cell_id ="
     return (
         f"both_ran AS (SELECT DISTINCT item_id {chosen} {cells[0]} "
         f"INTERSECT SELECT DISTINCT item_id {chosen} {cells[1]})"
@@ -194,7 +191,7 @@ def _ratio(row: Row, above: str, below: str, *, is_own_first: bool) -> str:
     """Return a ratio of the two cells, each a total over a total."""
     sides = [
         " / ".join(
-            f"{total} FILTER (cell_id = {quoted(row[cell])})" for total in (above, below) if total
+            f"{total} FILTER (cell_id = {text.sql(row[cell])})" for total in (above, below) if total
         )
         for cell in ("cell_id", "baseline_cell_id")
     ]

@@ -26,7 +26,8 @@ from results.claims import Verdict, counts
 from results.report import charts
 from results.report.content import Content, Described, Part, Sources, loaded, read, slug
 from results.report.grid import PAGE_ROWS, anchor, differing, evidence, grid
-from results.report.numbers import QUANTITIES, number_text, quoted, raw_sql, samples_sql
+from results.report.numbers import QUANTITIES, number_text, raw_sql, samples_sql
+from results.statistics import NOT_WORSE
 from results.tables import Row, Table
 
 File = Path | Callable[[], str]
@@ -327,7 +328,7 @@ class Site:
                 for row in rows
                 if row["status"] == "ok"
                 and row["speed_verdict"] == "FASTER"
-                and row["quality_verdict"] in ("SAME", "NO LOSS", "BETTER")
+                and row["quality_verdict"] in NOT_WORSE
             ),
             key=lambda row: row["speedup"],
             default=None,
@@ -472,7 +473,7 @@ class Site:
                     "settled": settled,
                     "evidence": evidence(cell) if cell else "",
                     "sql": "SELECT * FROM claim_verdicts JOIN claims USING (method, claim_id) "
-                    f"WHERE method = {quoted(name)} AND claim_id = {quoted(settled.claim_id)}",
+                    f"WHERE method = {text.sql(name)} AND claim_id = {text.sql(settled.claim_id)}",
                 }
             )
         return found
@@ -561,7 +562,7 @@ class Site:
                 if row[quantity.column] is not None
             ],
             "samples_sql": samples_sql(row),
-            "params": settings_facts(row["params"]),
+            "params": _list("Settings", _object(row["params"])),
             "metrics": self.content.metrics.get(key, ()),
             "scorers": self.content.scorers.get(key, ()),
             "notes": [
@@ -577,11 +578,6 @@ class Site:
             "num_divergences": len(divergences),
             "log": (row["log_tail"] or "").splitlines(),
         }
-
-
-def settings_facts(params: str) -> Part:
-    """Return the settings of a method as facts."""
-    return _list("Settings", _object(params))
 
 
 def _object(value: str | None) -> dict[str, Any]:

@@ -491,6 +491,15 @@ def test_nothing_can_be_accounted_for_before_a_text() -> None:
         AttentionLM(tiny_model(), Rule).account(Trace())
 
 
+def test_the_work_of_several_caches_is_refused_and_not_that_of_the_last() -> None:
+    model = AttentionLM(tiny_model(), Rule)
+    for _ in range(2):
+        model.session(8).prefill(PROMPT[:4])
+    with pytest.raises(Unsupported, match="one cache a text; this one took 2"):
+        model.account(Trace())
+    assert model.generate(PROMPT, Decoding(max_new_tokens=2)).trace.flops > 0  # counted anew
+
+
 # --- marks ---------------------------------------------------------------------------------------
 
 

@@ -124,6 +124,16 @@ def test_what_the_card_says_is_missing_replaces_the_guess():
     ]
 
 
+def test_a_claim_that_nothing_of_ours_measures_says_so_and_names_no_command():
+    settled = verdict(make_claim(baseline=""))
+    assert settled.missing[-1] == "task: none of ours measures it"
+    assert settled.command == ""
+    named = verdict(make_claim(baseline="", missing=("task: POPE",)))
+    assert "task: none of ours measures it" not in named.missing
+    planned = verdict(make_claim(baseline="", implementation="planned"))
+    assert not any(each.startswith("task") for each in planned.missing)
+
+
 def test_a_claim_without_conditions_says_so():
     bare = make_claim(model="", task="", hardware="", baseline="")
     assert verdict(bare).missing == [
@@ -375,6 +385,10 @@ def test_a_check_may_name_another_metric_than_the_headline(
     assert settled.measured == (None if measured is None else pytest.approx(measured))
     if measured is not None and metric:
         assert settled.detail.startswith(metric)
+    # Beside a claim about another metric of the same cell it gets the same answer.
+    beside = make_claim({**check, "metric": "errors" if metric == "accuracy" else "accuracy"})
+    with duckdb.connect(str(ingest(tmp_path)), read_only=True) as connection:
+        assert settle([beside, make_claim(check)], connection)[1].measured == settled.measured
 
 
 @pytest.mark.parametrize(

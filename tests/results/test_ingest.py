@@ -95,6 +95,7 @@ def test_every_record_arrives_in_its_table(tmp_path: Path) -> None:
         "scores": 16,
         "metrics": 2,
         "verdicts": 2,
+        "interactions": 0,
         "claims": 0,
         "claim_verdicts": 0,
         "corpus": 0,

@@ -175,10 +175,10 @@ def test_items_that_a_reference_gets_wrong_are_counted_across_experiments(tmp_pa
             [each for name in right for each in make_scores(experiment, name, values[name])],
         )
 
-    # Item 3 nobody can answer; an output that cannot be scored is no answer.
-    measure(1, {"plain": "11101111", "small": "0001-011", "fast": "11111100"})
+    # Item 3 the baseline cannot answer; an output that cannot be scored is no answer.
+    measure(1, {"plain": "11101111", "small": "0000-011", "fast": "11111100"})
     # The other method was measured later, and item 0 of the reference again, now right.
-    measure(2, {"plain": "11101111", "small": "1001-011", "other": "-1011000"})
+    measure(2, {"plain": "11101111", "small": "1000-011", "other": "-1011000"})
     # Other items of the same name, and another model, have nothing to do with them.
     measure(3, {"plain": "11", "small": "00", "other": "11"}, task_hash="another")
     measure(4, {"plain": "11", "small": "00", "other": "11"}, model_hash="another")

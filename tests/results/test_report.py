@@ -489,12 +489,12 @@ def test_the_command_follows_the_contract_of_exit_codes(
 
 def schemes() -> dict[str, dict[str, str]]:
     """Return the colours of each scheme by name."""
-    blocks = re.findall(r"(:root[^{]*)\{([^}]*)\}", STYLES.read_text())
-    found = [dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", body)) for _, body in blocks]
-    light, dark, chosen_dark = [colours for colours in found if colours]
-    assert dark == chosen_dark
-    assert light.keys() == dark.keys()
-    return {"light": light, "dark": dark}
+    pair = r"--([a-z-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\);"
+    found = re.findall(pair, STYLES.read_text())
+    return {
+        "light": {name: light for name, light, _ in found},
+        "dark": {name: dark for name, _, dark in found},
+    }
 
 
 def contrast(first: str, second: str) -> float:

@@ -21,8 +21,6 @@ pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER),
     reason="needs Chromium and its driver: apt-get install chromium chromium-driver",
 )
-pytest.importorskip("selenium")
-
 MANY = 10_000
 
 
@@ -213,6 +211,11 @@ def test_charts_are_drawn_when_they_come_near_and_follow_the_choice(
     assert pressed == ["false", "true"]
     assert browser.js("document.activeElement.textContent") == "Memory"
     assert "Left and up is better" in browser.one(".charts .explained").text
+    # `muted`, in the scheme that holds.
+    words = "getComputedStyle(document.querySelector('.chart .xtick text')).fill"
+    assert browser.js(words) == "rgb(90, 93, 99)"
+    browser.scheme("dark")
+    browser.wait(f"{words} === 'rgb(167, 171, 178)'")
 
 
 def test_hostile_text_runs_nowhere(browser: Browser, site: Path) -> None:

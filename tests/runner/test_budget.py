@@ -63,8 +63,8 @@ def test_more_samples_tell_more_and_never_more_than_there_is_to_know() -> None:
 
 
 def test_a_pair_needs_what_moves_its_interval_off_the_margin() -> None:
-    # 2.5758 standard deviations of 0.04 reach twice as far as the margin is away.
-    belief = Belief(MARGIN + 2.5758 * 0.04 / 2, 0.04, MARGIN)
+    # The interval of 99% reaches twice as far as the margin is away.
+    belief = Belief(MARGIN + 2.5758293 * 0.04 / 2, 0.04, MARGIN)
     assert growth(Evidence(items=8, repeats=1, beliefs=(belief,))) == pytest.approx(4)
     at_it = Belief(MARGIN, 0.04, MARGIN)
     assert growth(Evidence(items=8, repeats=1, beliefs=(belief, at_it))) == MOST_GROWTH

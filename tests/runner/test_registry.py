@@ -78,7 +78,7 @@ class _Helper(Slow):
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Return a tree with two families, planned methods, shared modules, and three tasks."""
+    """Return a tree with two families, planned methods, shared modules, and tasks."""
     files = {
         "methods/base.py": '"""Not a method."""',
         "methods/decoding/__init__.py": "",
@@ -95,6 +95,8 @@ def tree(tmp_path: Path) -> Path:
         "tasks/direct.py": '"""Direct."""\nclass A(tasks.base.Task[int]): items = metrics = 1\n',
         "tasks/built_on_it.py": "from tasks.direct import A\nclass B(A): ...\n",
         "tasks/code_task.py": "class C(Code):\n  metrics: int = 3\n",
+        "tasks/mixed.py": "class Files: metrics = 1\nclass D(Files, Code): ...\n",
+        "tasks/hidden.py": "class E(Code, Files): ...\n",
         "tasks/scorer.py": "class Scorer(dict): ...\n",
         "tasks/sandbox/sandbox.py": "class Inner(Task): items = metrics = 1\n",
         "models/embedded/tiny_lm.toml": 'title = "Tiny"\n',
@@ -132,7 +134,9 @@ def test_a_card_without_code_is_planned(tree):
 
 def test_a_task_is_a_module_with_a_complete_task_built_on_task_directly_or_not(tree):
     entries = Registry(root=tree).entries("task")
-    assert list(entries) == ["built-on-it", "code-task", "direct"]
+    # What a class has beside Task counts if names are looked up there first, as in `mixed`; what
+    # `hidden` has is looked up only behind Task, where it is still abstract.
+    assert list(entries) == ["built-on-it", "code-task", "direct", "mixed"]
     assert entries["direct"].title == "Direct."
 
 

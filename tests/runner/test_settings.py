@@ -206,7 +206,7 @@ _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
             Path,
             st.sampled_from(["a", "none", "/x y", "a,b=c", '"']),
         ),
-        text=_texts | st.sampled_from(["none", "true", "1", " ", "=", ":", "[", "\\", '"']),
+        text=_texts | st.sampled_from(["none", "true", "1", " ", "=", ":", "[", "\\", "a+b", '"']),
         sizes=st.lists(st.integers(), max_size=4).map(tuple),
         pair=st.tuples(st.integers(), _texts),
         names=st.lists(_texts, max_size=4).map(tuple),
@@ -218,6 +218,25 @@ def test_every_instance_survives_its_own_spec(made):
     assert build(text) == made
     assert settings.format_spec(build(text), "plain") == text
     assert str(settings.parse_spec(text)) == text
+    # Whatever stands in its values, it can be a part of a stack.
+    assert settings.parse_method(f"{text}+{text}").parts == (settings.parse_spec(text),) * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "params"),
+    [
+        ("a", "a", [{}]),
+        ("a + b:x=1", "a+b", [{}, {"x": "1"}]),
+        ("a:x=1e+3,y=+2+b", "a+b", [{"x": "1e+3", "y": "+2"}, {}]),
+        ('a:x="p+q"+b', "a+b", [{"x": '"p+q"'}, {}]),
+        ("a:x=[p+q]+b", "a+b", [{"x": "[p+q]"}, {}]),
+    ],
+)
+def test_a_plus_with_a_name_behind_it_joins_methods(text, name, params):
+    asked = settings.parse_method(text)
+    assert asked.name == name
+    assert [part.params for part in asked.parts] == params
+    assert asked.is_bare == (not any(params))
 
 
 @given(_texts | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False))

@@ -8,6 +8,7 @@ import pytest
 from runner.registry import Registry
 from runner.request import Request, UsageError
 from runner.settings import build, parse_spec
+from runner.stacking import make_method
 from runner.suites import Suite, load_suite, make_request
 
 GOOD = """
@@ -214,13 +215,23 @@ def test_a_flag_out_of_range_is_refused():
         make_request(Registry(), scenario="troughput")
 
 
+def test_a_bare_stack_stands_for_the_suites_entry_and_each_part_is_looked_up():
+    def methods(name: str) -> tuple[str, ...]:
+        return make_request(Registry(), suite="stacking", methods=[name]).methods
+
+    assert methods("snapkv+prompt-lookup") == ("snapkv:budget=72+prompt-lookup",)
+    assert methods("snapkv") == ("snapkv:budget=72",)  # and not the stack that begins with it
+    assert methods("snapkv+prompt-lookup:num_tokens=3") == ("snapkv+prompt-lookup:num_tokens=3",)
+    with pytest.raises(UsageError, match="no method named 'prompt-lookp'"):
+        methods("snapkv+prompt-lookp")
+
+
 @pytest.mark.parametrize("name", Registry().entries("suite"))
 def test_every_suite_of_the_tree_names_things_that_exist(name):
     registry = Registry()
     suite = load_suite(name, registry)
     for text in suite.methods:
-        spec = parse_spec(text)
-        build(registry.load_method(spec.name), spec.params, f"method {spec.name!r}")
+        make_method(text, registry)
     for task in suite.task:
         spec = parse_spec(task.spec)
         build(registry.load_task(spec.name), spec.params, f"task {spec.name!r}")

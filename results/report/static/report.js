@@ -276,8 +276,13 @@
     return library;
   }
 
+  // A property's own value names both schemes; only where it colours something is one chosen.
+  const sample = element("i", { hidden: "" });
+
   function colour(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+    sample.style.color = `var(--${name})`;
+    if (!sample.isConnected) document.body.append(sample);
+    return getComputedStyle(sample).color;
   }
 
   // The library reads its texts as a little HTML.
