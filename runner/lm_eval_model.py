@@ -19,14 +19,15 @@ from lm_eval.api.registry import register_model
 
 from hardware import ceilings, detect
 from hardware.profile import Profile
-from methods.base import Method
 from models.base import TextGenerator
-from models.loading import LoadSettings, capabilities, load, weights_hash
+from models.loading import load, weights_hash
 from runner.capabilities import CONVENTIONS, taken_as
-from runner.keys import digest, method_source, shared_source, versions
+from runner.keys import digest, shared_source, versions
+from runner.plan import named_model, offered_as
 from runner.registry import Registry
 from runner.request import UsageError
-from runner.settings import Spec, build, format_spec, parse_spec
+from runner.settings import MethodSpec, Spec, format_spec, parse_method, parse_spec
+from runner.stacking import Made, made_of, source_of
 from runner.worker import calibrate
 from tasks.lm_eval_model import DEFAULT_NEW_TOKENS, GeneratorLM
 
@@ -79,32 +80,29 @@ class Tokenmark(GeneratorLM):
             models.base.Unsupported: The tokenizer is none of transformers.
         """
         registry = Registry((Path(plugin),) if plugin else ())
-        named = parse_spec(str(model))
-        load_settings = build(LoadSettings, named.params, f"model {named.name!r}")
+        model_id, load_settings = named_model(str(model), registry)
         if device is not None:
             load_settings = replace(load_settings, device=device)
-        if ":" not in named.name:
-            registry.find("model", named.name)
-        offered = capabilities(named.name, load_settings.revision)
+        offered = offered_as(model_id, load_settings, offline=offline)
         capability = taken_as("TextGenerator", offered)
         if capability not in CONVENTIONS or (offered and capability not in offered):
-            raise UsageError(f"model {named.name!r} writes no text: it is {' or '.join(offered)}.")
-        self.method, spec = _method(method, settings, capability, registry)
-        generator: Any = load(named.name, load_settings, offline=offline, capability=capability)
+            raise UsageError(f"model {model_id!r} writes no text: it is {' or '.join(offered)}.")
+        made = _method(method, settings, capability, registry)
+        self.method = made.method
+        generator: Any = load(model_id, load_settings, offline=offline, capability=capability)
         super().__init__(generator, max_length=max_length, max_gen_toks=max_gen_toks, seed=seed)
         self.profile = self._profile(hardware, seed)
-        source = registry.find("method", spec.name).source
         self.facts = {
-            "model": named.name,
-            "model_params": dict(parse_spec(format_spec(load_settings, named.name)).params),
-            "model_hash": weights_hash(named.name, load_settings),
-            "method": spec.name,
-            "spec": str(spec),
+            "model": model_id,
+            "model_params": dict(parse_spec(format_spec(load_settings, model_id)).params),
+            "model_hash": weights_hash(model_id, load_settings),
+            "method": made.name,
+            "spec": made.spec,
             "params": self.method.parameters(),
-            "method_source": method_source(source),
+            "method_source": source_of(made.name, registry),
             "source": shared_source(),
             "versions": versions(),
-            "family": registry.find("method", spec.name).family,
+            "family": made.family,
             "role": self.method.role,
             "declared_output": self.method.declared_output(0.0).value,
             "hardware": self.profile.name,
@@ -136,24 +134,22 @@ class Tokenmark(GeneratorLM):
         return digest({**kept, "max_length": self.max_length, "new_tokens": self.max_gen_toks})[:16]
 
 
-def _method(
-    text: str, settings: dict[str, Any], capability: str, registry: Registry
-) -> tuple[Method[Any], Spec]:
-    """Return the method and its spec, defaults left out.
+def _method(text: str, settings: dict[str, Any], capability: str, registry: Registry) -> Made:
+    """Return the method; of a stack, the settings are those of the last part.
 
     Raises:
         UsageError: It is unknown, takes another capability, or its settings are wrong.
     """
-    asked = parse_spec(text or CONVENTIONS[capability].baseline)
+    *others, asked = parse_method(text or CONVENTIONS[capability].baseline).parts
     # lm-eval has read the values already: `true` is a truth value to it.
     more = {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in settings.items()
     }
-    what = f"method {asked.name!r}"
-    made: Method[Any] = build(registry.load_method(asked.name), {**asked.params, **more}, what)
-    if made.capability != capability:
+    last = Spec(asked.name, {**asked.params, **more})
+    made = made_of(MethodSpec((*others, last)), registry)
+    if (takes := made.method.capability) != capability:
         raise UsageError(
-            f"{what} changes a {made.capability}, and lm-eval's requests go to a {capability}."
+            f"method {made.name!r} changes a {takes}, and lm-eval's requests go to a {capability}."
         )
-    return made, parse_spec(format_spec(made, asked.name))
+    return made

@@ -94,9 +94,8 @@ def load_lm_eval(name: str, folder: str = "", num_fewshot: int | None = None) ->
         from lm_eval.tasks import TaskManager
 
         path = find_task(name, folder)
-        here = contextlib.chdir(folder) if folder else contextlib.nullcontext()
         try:
-            with here:
+            with contextlib.chdir(folder or "."):
                 loaded = TaskManager(include_defaults=False).load([str(path)])
                 task = loaded["tasks"][name]
         except Exception as error:  # whatever a download, or somebody's files, may raise

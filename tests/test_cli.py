@@ -86,6 +86,15 @@ def test_listing_methods_takes_little_time():
 # --- looking around ---
 
 
+@pytest.mark.parametrize("own", [None, "7"])
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(monkeypatch, own):
+    monkeypatch.setenv("GOMP_SPINCOUNT", own or "")
+    if own is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert run.main(["list", "tasks"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == (own or "1000")
+
+
 def test_a_list_is_json_on_demand(capsys):
     assert run.main(["list", "methods", "--format", "json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}

@@ -10,9 +10,6 @@ from typing import Any
 
 import duckdb
 import pytest
-
-pytest.importorskip("lm_eval")
-
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -22,7 +19,7 @@ from runner import lm_eval_model
 from runner.execute import execute
 from runner.indexing import update_index
 from runner.lm_eval_model import Tokenmark
-from runner.lm_eval_run import evaluate, make_model
+from runner.lm_eval_run import evaluate, find_tasks, make_model
 from runner.plan import make_plan
 from runner.registry import Registry
 from runner.request import Request, UsageError
@@ -66,7 +63,7 @@ def _short_calibration() -> Iterator[None]:
 
 def evaluated(model: Any, folder: str, *tasks: str, **options: Any) -> dict[str, Any]:
     with lm_eval():
-        return evaluate(model, tasks, folder=folder, **options)
+        return evaluate(model, find_tasks(tasks, folder), **options)
 
 
 def responses(results: dict[str, Any], task: str) -> list[Any]:
@@ -221,3 +218,10 @@ def test_a_task_of_lm_eval_is_measured_like_any_other(
         (name, "identical", True, True, "exact_match,first")
         for name in ("autoregressive", "prompt-lookup")
     ]
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_names(world: tuple[str, str]):
+    # The task and the group beside it are known.
+    with pytest.raises(UsageError, match=r"has no task 'mmlo'.*the group 'mmlu'"):
+        find_tasks(["tiny_choice", "mmlu", "mmlo"], world[1])
+    assert find_tasks(["tiny_choice"], world[1]).specs[0].endswith(".yaml")

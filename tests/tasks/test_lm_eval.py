@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("lm_eval")
-
 from models.base import Generation, Unsupported
 from models.loading import load
 from results.statistics import corpus_draws
@@ -49,10 +47,10 @@ def outputs(folder: str, model: Any) -> dict[str, dict[str, Generation]]:
 @pytest.fixture(scope="module")
 def theirs(folder: str, model: Any) -> dict[str, Any]:
     """Return lm-eval's own results with the same model."""
-    from runner.lm_eval_run import evaluate
+    from runner.lm_eval_run import evaluate, find_tasks
 
     with lm_eval():
-        return evaluate(GeneratorLM(model), KINDS, folder=folder)
+        return evaluate(GeneratorLM(model), find_tasks(KINDS, folder))
 
 
 @pytest.mark.parametrize("name", KINDS)
