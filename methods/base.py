@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from hardware.profile import Profile
 
@@ -36,6 +36,8 @@ class Method(ABC, Generic[Capability]):
         role: `method`; `baseline` is what speed-ups are taken against; `control` shows that a gain
             is not free (random drafts); `peer` is somebody else's implementation.
         capability: Name of the capability it takes and yields.
+        owns_loop: Whether what it yields has a loop of its own over the sessions of what it was
+            given. In a stack it comes last: a loop that something else is put around is not run.
         neutral: Settings at which it equals the baseline to the bit, for the conformance battery;
             None if there are none.
         trial: Settings in the place of the defaults with which the conformance battery, whose model
@@ -45,6 +47,7 @@ class Method(ABC, Generic[Capability]):
     output: ClassVar[Output]
     role: ClassVar[Role] = "method"
     capability: ClassVar[str]
+    owns_loop: ClassVar[bool] = False
     neutral: ClassVar[Mapping[str, Any] | None] = None
     trial: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
@@ -75,6 +78,14 @@ class Method(ABC, Generic[Capability]):
     def parameters(self) -> dict[str, Any]:
         """Return the hyper-parameters, JSON-able."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+    def with_parameters(self, parameters: Mapping[str, Any]) -> Self:
+        """Return a method of this kind with other hyper-parameters, and without a past.
+
+        Args:
+            parameters: As `parameters` returns them.
+        """
+        return type(self)(**parameters)
 
 
 PaperKind = Literal["method", "survey"]

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from models.base import Forward, InvalidOutput, Session, TextGenerator, Trace
-from models.decode import check_room, count_work
+from models.decode import accounts_itself, check_room, count_work
 from models.draft_tree import DraftTree
-from models.teacher_forcing import AccountsItself
 
 # Tokens of a continuation that are verified at once: a row of logits each is held.
 _WIDEST_DRAFT = 128
@@ -62,7 +61,7 @@ def likelihoods(
         raise ValueError("a context and its continuations must hold at least one token each.")
     longest = max(map(len, continuations))
     check_room(model, len(context_ids), longest - 1, "continuation")
-    step = 1 if isinstance(model, AccountsItself) else _WIDEST_DRAFT
+    step = 1 if accounts_itself(model) else _WIDEST_DRAFT
     found: list[Likelihood] = []
     while len(found) < len(continuations):
         own = Trace()
@@ -73,9 +72,7 @@ def likelihoods(
         # What was kept of a continuation cannot be taken back: then the context is read again.
         while len(found) < len(continuations) and session.length == len(context_ids):
             found.append(_judge(session, after_context, continuations[len(found)], step, own))
-        count_work(own, model.facts)
-        if isinstance(model, AccountsItself):
-            model.account(own)
+        count_work(own, model)
         _add(trace, own)
     return found
 

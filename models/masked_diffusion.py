@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.base import Decoding, Generation, MaskedDiffusionFacts, Tokenizer
-from models.device import OnDevice
+from models.device import OnDevice, linear_parameters
 from models.masked_diffusion_decode import decode
 from models.masked_diffusion_network import Kept, Network, read_network
 
@@ -191,9 +191,7 @@ def load_masked_diffusion(
 
 def _facts(network: Network, more_eos_ids: frozenset[int]) -> MaskedDiffusionFacts:
     config, weight = network.config, network.head.weight
-    matrices = sum(
-        layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear)
-    )
+    matrices = linear_parameters(network)
     return MaskedDiffusionFacts(
         vocab_size=config.vocab_size,
         num_layers=config.num_layers,

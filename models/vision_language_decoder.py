@@ -22,9 +22,9 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from models.base import InvalidOutput, PositionMode, Unsupported
+from models.device import linear_parameters
 from models.text import PreallocatedLayer, attention_windows, tree_mask
 from models.vision_language_attention import attention_sums, sums_flops
-from models.vision_language_towers import linear_parameters
 
 TEXT_BEFORE, PATCH, SEPARATOR, TEXT_AFTER = range(4)
 

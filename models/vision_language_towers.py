@@ -29,6 +29,7 @@ from transformers.vision_utils import (
 )
 
 from models.base import Unsupported
+from models.device import linear_parameters
 from models.vision_language_attention import attention_sums, captured_output, sums_flops
 
 
@@ -292,11 +293,6 @@ class Tower(Protocol):
     def projector_parts(self) -> ProjectorParts:
         """Return the projector taken apart."""
         ...
-
-
-def linear_parameters(module: nn.Module) -> int:
-    """Return the number of weights of a module's matrices."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def _check_watch(watch: Watch, deepest: int, *, has_cls: bool) -> None:

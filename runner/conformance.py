@@ -38,6 +38,8 @@ from runner.conformance_base import (
 from runner.conformance_calls import CallBattery
 from runner.conformance_image_battery import ImageBattery
 from runner.registry import Registry
+from runner.settings import parse_method
+from runner.stacking import Stack, made_of
 
 # Tokens of each text, and texts that a sampled distribution is judged by.
 LENGTH = 24
@@ -48,16 +50,30 @@ SIGNIFICANCE = 1e-4
 
 
 def conformance(name: str, registry: Registry) -> list[Check]:
-    """Check a method of the tree or of a plug-in.
+    """Check a method of the tree or of a plug-in, or a stack.
 
     Args:
-        name: As on the command line.
+        name: As on the command line, without settings; the parts of a stack may have some, and
+            those that have none take their `trial`.
         registry: Where methods are found.
 
     Raises:
-        runner.request.UsageError: There is no such method, or it cannot be loaded.
+        runner.request.UsageError: There is no such method, it cannot be loaded, or such a stack
+            cannot be.
     """
-    return check_method(registry.load_method(name))
+    asked = parse_method(name)
+    if len(asked.parts) == 1:
+        return check_method(registry.load_method(name))
+    stack = made_of(asked, registry).method
+    assert isinstance(stack, Stack)
+    return check_method(
+        stack.with_parameters(
+            {
+                spec.name: part.parameters() | (dict(part.trial) if spec.is_bare else {})
+                for spec, part in zip(asked.parts, stack.parts, strict=True)
+            }
+        )
+    )
 
 
 def check_method(
@@ -122,7 +138,7 @@ class _TextBattery(Battery):
         if self.method.neutral is None:
             return "does not apply: it declares no neutral setting"
         settings = {**self.method.parameters(), **self.method.neutral}
-        neutral = type(self.method)(**settings)
+        neutral = self.method.with_parameters(settings)
         for heat in (0.0, 1.0):
             decoding = Decoding(max_new_tokens=LENGTH, temperature=heat, seed=1)
             for prompt in self.prompts:

@@ -20,6 +20,7 @@ from hardware.profile import Profile
 from methods.base import Method
 from methods.cards import CardError, load_card
 from models.base import Unsupported
+from runner.stacking import Stack
 
 # Largest weight of a matrix, as a multiple of 1/1024: large enough for decided logits.
 _LARGEST_WEIGHT = 400
@@ -61,24 +62,15 @@ class Battery:
         self.method = method
 
     def card(self) -> str:
-        """Look for the card beside the code."""
-        source = inspect.getfile(type(self.method))
-        path = Path(source).with_suffix(".toml")
-        if not path.is_file():
-            raise Broken(f"there is no {path.name} beside {Path(source).name}.")
-        try:
-            card = load_card(path)
-        except CardError as error:
-            raise Broken(str(error)) from error
-        if self.method.role == "method" and not (card.paper.arxiv or card.paper.code):
-            raise Broken(f"{path.name} names neither a paper (arxiv) nor its code.")
-        return f"{len(card.claims)} claims"
+        """Look for the card beside the code; a stack's parts have one each."""
+        parts = self.method.parts if isinstance(self.method, Stack) else (self.method,)
+        return f"{sum(map(_claims_of, parts))} claims"
 
     def settings(self) -> str:
         """Send the settings through JSON."""
         before = self.method.parameters()
         text = json.dumps(before, sort_keys=True)
-        rebuilt = type(self.method)(**json.loads(text))
+        rebuilt = self.method.with_parameters(json.loads(text))
         if rebuilt != self.method or json.dumps(rebuilt.parameters(), sort_keys=True) != text:
             raise Broken(f"{text} became {json.dumps(rebuilt.parameters(), sort_keys=True)}.")
         return text
@@ -97,7 +89,26 @@ class Battery:
 
 def fresh(method: Method[Any]) -> Method[Any]:
     """Return an instance with the same settings and no past."""
-    return type(method)(**method.parameters())
+    return method.with_parameters(method.parameters())
+
+
+def _claims_of(method: Method[Any]) -> int:
+    """Return how many claims the card of a method has.
+
+    Raises:
+        Broken: There is none, or it is not complete.
+    """
+    source = inspect.getfile(type(method))
+    path = Path(source).with_suffix(".toml")
+    if not path.is_file():
+        raise Broken(f"there is no {path.name} beside {Path(source).name}.")
+    try:
+        card = load_card(path)
+    except CardError as error:
+        raise Broken(str(error)) from error
+    if method.role == "method" and not (card.paper.arxiv or card.paper.code):
+        raise Broken(f"{path.name} names neither a paper (arxiv) nor its code.")
+    return len(card.claims)
 
 
 class _Nothing:

@@ -235,7 +235,7 @@ class CallBattery(Battery):
         """Compare the neutral setting with the plain model."""
         if self.method.neutral is None:
             return "does not apply: it declares no neutral setting"
-        neutral = type(self.method)(**{**self.method.parameters(), **self.method.neutral})
+        neutral = self.method.with_parameters({**self.method.parameters(), **self.method.neutral})
         for text, plain in zip(TEXTS, self.plain, strict=True):
             if self._call(neutral, text).output != plain.output:
                 raise Broken(f"the output for {text!r} differs.")

@@ -20,7 +20,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
 
-from runner.supervise import SPIN_COUNT, TAG, Started, tagged
+from runner.supervise import TAG, Started, tagged
 
 _NAME = uuid.uuid4().hex
 
@@ -54,8 +54,6 @@ def start_forked(spec: Path, events: int, *, offline: bool) -> Started:
 def _environment(tag: str, *, offline: bool) -> Iterator[None]:
     """Let what is started inside the block have the environment of workers."""
     before = dict(os.environ)
-    # The user's own setting wins.
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     os.environ[TAG] = tag
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"

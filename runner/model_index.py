@@ -31,6 +31,7 @@ _HUB_TASKS = {
     "TextEncoder": "feature-extraction",
     "VisionLanguageModel": "image-text-to-text",
     "Detector": "object-detection",
+    "ImageGenerator": "text-to-image",
 }
 _OTHER = "other"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from results.claims import Measurements, settle, task_settings
 from results.tables import connect
 from runner.registry import Entry, Registry
 from runner.request import Request, UsageError
-from runner.settings import build, format_spec, from_table, parse_spec
+from runner.settings import build, format_spec, from_table, parse_method, parse_spec, unknown
 from runner.suites import DEFAULT_SUITE, Suite, load_suite, make_request
 
 
@@ -229,13 +228,9 @@ def _require_metric(registry: Registry, task: str, metric: str) -> None:
     """
     spec = parse_spec(task)
     made = build(registry.load_task(spec.name), spec.params, f"task {task!r}")
-    names = ["", *(each.name for each in made.metrics)]
-    if metric not in names:
-        near = get_close_matches(metric, names, 1)
-        raise UsageError(
-            f"a check compares the metric {metric!r}, which {task!r} does not have."
-            + (f" Did you mean {near[0]!r}?" if near else f" It has{', '.join(names)[1:]}.")
-        )
+    names = [each.name for each in made.metrics]
+    if metric and metric not in names:
+        raise unknown(f"metric of {task!r}", metric, names)
 
 
 def _form(suite: Suite, spec: str) -> str | None:
@@ -252,6 +247,6 @@ def _specs(
     Without settings these are the suite's entries of that name: what it holds is measured anyway.
     """
     if not params:
-        return [each for each in held if parse_spec(each).name == name] or [name]
+        return [each for each in held if parse_method(each).name == name] or [name]
     method = from_table(registry.load_method(name), dict(params), f"check of {name!r}")
     return [format_spec(method, name)]

@@ -33,9 +33,6 @@ _PHASE_TIMEOUT = 1800.0
 _POLL_SECONDS = 0.2
 _LOG_CHARACTERS = 4000
 _READ_BYTES = 65536
-# Threads that wait for one another spin for some 30 microseconds, not for milliseconds as by
-# default: where another process or the hypervisor takes a core, spinning slowed a step tenfold.
-SPIN_COUNT = "1000"
 # Names a worker in the environment of everything that it starts.
 TAG = "TOKENMARK_WORKER"
 # What a cell whose experiment somebody else measures is told, wherever that is found out.
@@ -92,8 +89,7 @@ def start_anew(spec: Path, events: int) -> Started:
         pass_fds=(events,),
         start_new_session=True,
         cwd=ROOT,
-        # The user's own setting wins.
-        env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, TAG: tag},
+        env={**os.environ, TAG: tag},
     )
     return Started(process, tag)
 

@@ -73,6 +73,7 @@ from runner.guards import Damage, Ledger, ProcessGuard, WeightGuard, held_bytes
 from runner.registry import Registry
 from runner.settings import build, parse_spec
 from runner.spec import BUSY, RESTART, CellSpec, ExperimentSpec, now
+from runner.stacking import make_method
 from runner.system import die_with_parent, exclusive
 from tasks.base import Item, Result, Task, Unscored
 
@@ -235,8 +236,7 @@ class _Worker:
         self.phases[name] = time.perf_counter() - before
 
     def _method(self, cell: CellSpec) -> Method[Any]:
-        spec = parse_spec(cell.method)
-        return build(self.registry.load_method(spec.name), spec.params, f"method {spec.name!r}")
+        return make_method(cell.method, self.registry).method
 
     # Beginning
 
@@ -742,16 +742,37 @@ def calibrate(
     budget_seconds: float,
     seed: int,
 ) -> StepCost:
-    """Measure lat(N), what a forward costs by its width and context, of a model that decodes."""
+    """Measure lat(N), what a forward costs by its width and context, of a model that decodes.
+
+    Args:
+        model: Its forwards are run as its tasks run them.
+        budget_seconds: Time for it, about.
+        seed: Of the order of the forwards.
+    """
     if isinstance(model, MaskedDiffusionLM):
-        return _canvas_cost(model, budget_seconds, seed)
-    if isinstance(model, AutoregressiveImageModel):
-        return _image_cost(model, budget_seconds, seed)
-    return _session_cost(model, budget_seconds, seed)
+        forwards = _canvas_forwards(model)
+    elif isinstance(model, AutoregressiveImageModel):
+        forwards = _image_forwards(model)
+    else:
+        forwards = _text_forwards(model)
+    return measure_step_cost(
+        **forwards._asdict(),
+        budget_seconds=budget_seconds,
+        seed=seed,
+        synchronize=model.synchronize,
+    )
 
 
-def _session_cost(model: TextGenerator, budget_seconds: float, seed: int) -> StepCost:
-    """Measure the forwards of a text that grows at its end."""
+class _Forwards(NamedTuple):
+    """Forwards whose cost is measured, as `measure_step_cost` takes them."""
+
+    prepare: Callable[[int], Callable[[int], Any]]
+    widths: Sequence[int]
+    contexts: Sequence[int]
+
+
+def _text_forwards(model: TextGenerator) -> _Forwards:
+    """Return forwards of a text that grows at its end."""
     from models.draft_tree import DraftTree
 
     room = model.facts.max_positions
@@ -768,18 +789,11 @@ def _session_cost(model: TextGenerator, budget_seconds: float, seed: int) -> Ste
         trees = {width: DraftTree.chain(tokens(1)[0], tokens(width - 1)) for width in widths}
         return lambda width: session.verify(trees[width])
 
-    return measure_step_cost(
-        prepare,
-        widths=widths,
-        contexts=contexts or [1],
-        budget_seconds=budget_seconds,
-        seed=seed,
-        synchronize=model.synchronize,
-    )
+    return _Forwards(prepare, widths, contexts or [1])
 
 
-def _canvas_cost(model: MaskedDiffusionLM, budget_seconds: float, seed: int) -> StepCost:
-    """Measure forwards over parts of a canvas: whole sequences at context 0, blocks beside it."""
+def _canvas_forwards(model: MaskedDiffusionLM) -> _Forwards:
+    """Return forwards over parts of a canvas: whole sequences at context 0, blocks beside it."""
     import torch
 
     from models.masked_diffusion_decode import BLOCK_LENGTH
@@ -799,18 +813,11 @@ def _canvas_cost(model: MaskedDiffusionLM, budget_seconds: float, seed: int) -> 
             steps[width] = functools.partial(canvas.denoise, ids[:, context:], context, wanted)
         return lambda width: steps[width]()
 
-    return measure_step_cost(
-        prepare,
-        widths=_CANVAS_WIDTHS,
-        contexts=_CANVAS_CONTEXTS,
-        budget_seconds=budget_seconds,
-        seed=seed,
-        synchronize=model.synchronize,
-    )
+    return _Forwards(prepare, _CANVAS_WIDTHS, _CANVAS_CONTEXTS)
 
 
-def _image_cost(model: AutoregressiveImageModel, budget_seconds: float, seed: int) -> StepCost:
-    """Measure windows of one image with guidance, both halves, as the default tasks run them."""
+def _image_forwards(model: AutoregressiveImageModel) -> _Forwards:
+    """Return windows of one image with guidance, both halves, as the default tasks run them."""
     import torch
 
     tokens = model.facts.image_tokens
@@ -835,14 +842,7 @@ def _image_cost(model: AutoregressiveImageModel, budget_seconds: float, seed: in
 
         return step
 
-    return measure_step_cost(
-        prepare,
-        widths=widths,
-        contexts=contexts,
-        budget_seconds=budget_seconds,
-        seed=seed,
-        synchronize=model.synchronize,
-    )
+    return _Forwards(prepare, widths, contexts)
 
 
 def _again(item: Item, result: Result, seconds: float | None) -> audit.Again:

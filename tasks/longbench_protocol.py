@@ -444,9 +444,10 @@ def mark_prompt(
         prompt, max_length, truncation, chat: See `prompt_ids`.
     """
     # It needs torch, which listing and planning tasks do without.
-    from models.attention import PromptMarks, TakesMarks
+    from models.attention import PromptMarks, takes_marks
 
-    if not isinstance(model, TakesMarks):
+    told: object = model
+    if not takes_marks(told):
         return
     text = fit_prompt(model.tokenizer, prompt, max_length, truncation)
     places: set[int] = set()
@@ -459,7 +460,7 @@ def mark_prompt(
     if not query_aware and text.endswith(prompt[len(prompt) - behind :]):
         parts = (text[: len(text) - behind], text)
         question = _shared(*(_ids(model, part, chat) for part in parts))
-    model.mark(PromptMarks(tuple(sorted(places)), question))
+    told.mark(PromptMarks(tuple(sorted(places)), question))
 
 
 @lru_cache(maxsize=8)  # all methods of an item ask in turn

@@ -53,6 +53,7 @@ class AdaDec(Method[TextGenerator]):
     """
 
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.APPROXIMATE
     neutral = MappingProxyType({"tau": math.inf})
 

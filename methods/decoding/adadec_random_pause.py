@@ -40,6 +40,7 @@ class AdadecRandomPause(Method[TextGenerator]):
     """
 
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.APPROXIMATE
     role = "control"
     neutral = MappingProxyType({"pause_rate": 0.0})

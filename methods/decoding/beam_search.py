@@ -56,6 +56,7 @@ class BeamSearch(Method[TextGenerator]):
     """
 
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.APPROXIMATE
     neutral = MappingProxyType({"num_beams": 1})
 
@@ -138,7 +139,7 @@ def search(
     kept = finished[0].tokens
     emitting = len(kept) - 1
     trace.accepted = [0] * emitting + [NOTHING_EMITTED] * (len(trace.forwards) - emitting)
-    count_work(trace, model.facts)
+    count_work(trace, model)
     trace.notes["num_beams"] = num_beams
     trace.notes["read_again"] = reader.read_again
     trace.notes["log_probability_per_token"] = finished[0].score / len(kept)

@@ -50,6 +50,7 @@ class DecodingMethod(Method[TextGenerator]):
     """A method that is a drafter on the shared loop."""
 
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.IDENTICAL
 
     @abstractmethod

@@ -843,6 +843,7 @@ class ConstrainedMethod(Method[TextGenerator]):
 
     pattern: str = ""
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.APPROXIMATE
     neutral = MappingProxyType({"pattern": ""})
     trial: ClassVar = MappingProxyType({"pattern": "[0-8 ]*"})
@@ -894,7 +895,7 @@ class ConstrainedGenerator(GeneratorWrapper):
             Request(self._model, prompt_ids, decoding, checker, vocabulary, trace)
         )
         trace.mark("decode", self.synchronize)
-        count_work(trace, self.facts)
+        count_work(trace, self._model)
         tokens = written.particle.tokens
         trace.notes["checks"] = checker.checks
         trace.notes["checks_per_token"] = checker.checks / max(1, len(tokens))

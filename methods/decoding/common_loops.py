@@ -251,7 +251,7 @@ class _PausingText:
             token, waiting = self._decide(waiting.logits[waiting.path[-1]], waiting)
             self.trace.accepted[forward] += 1
         self.trace.mark("decode", self.model.synchronize)
-        count_work(self.trace, self.model.facts)
+        count_work(self.trace, self.model)
         counts = self.counts
         self.trace.notes.update(vars(counts))
         self.trace.notes["pause_rate"] = counts.pauses / counts.positions

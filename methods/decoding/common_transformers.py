@@ -96,7 +96,7 @@ class TransformersGenerator:
 
         end = stopper.find(output)
         watch.fill(trace, end.num_tokens)
-        count_work(trace, self.facts)
+        count_work(trace, self._model)
         kept = tuple(output[: end.num_tokens])
         return Generation(kept, stopper.text(kept), end.finish, trace)
 

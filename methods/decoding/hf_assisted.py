@@ -42,6 +42,7 @@ class HfAssisted(Method[TextGenerator]):
     num_draft_tokens: int = 20
     confidence: float = 0.4
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.IDENTICAL
     role = "peer"
     trial: ClassVar[Mapping[str, Any]] = MappingProxyType({"draft": "layers:1"})

@@ -20,6 +20,7 @@ class HfGenerate(Method[TextGenerator]):
     """Plain decoding by transformers."""
 
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.IDENTICAL
     role = "peer"
 

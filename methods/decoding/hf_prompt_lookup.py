@@ -28,6 +28,7 @@ class HfPromptLookup(Method[TextGenerator]):
     num_tokens: int = 10
     max_ngram_size: int = 2
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.IDENTICAL
     role = "peer"
 

@@ -90,6 +90,7 @@ class DiffusionMethod(Method[MaskedDiffusionLM]):
     """
 
     capability = "MaskedDiffusionLM"
+    owns_loop = True
     output = Output.APPROXIMATE
 
     block_length: int = BLOCK_LENGTH

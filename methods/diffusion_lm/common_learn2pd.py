@@ -215,9 +215,10 @@ class PredictedEnd:
     """Cut the answer where its end is predicted (the paper's EoTP), after every step.
 
     The first end of text that the filter accepts ends the row. Else, with `shrink`, the surest end
-    of text among all masks ahead does, though it stays a mask itself: far away at first, nearer
-    step by step. Nothing that was written is cut off but ends of text: the authors' code would
-    drop tokens behind an accepted end, which no text shows, here the row is kept up to them.
+    of text does among all that the forward saw as masks, whether it was written or is a mask still:
+    far away at first, nearer step by step. The canvas that is left may be of a length on which the
+    model was never trained. Nothing that was written is cut off but ends of text: the authors' code
+    would drop tokens behind an accepted end, which no text shows, here the row is kept up to them.
     """
 
     def __init__(

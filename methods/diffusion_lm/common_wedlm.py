@@ -235,7 +235,7 @@ class _Text:
             # What stands behind the end of the text was filled in vain and does not count.
             self.trace.accepted.append(min(len(self.emitted), end.num_tokens) - known - 1)
         self.trace.mark("decode", self.model.synchronize)
-        count_work(self.trace, self.model.facts)
+        count_work(self.trace, self.model)
         slots = sum(forward.width for forward in self.trace.forwards)
         self.trace.notes.update(
             prefill_tokens=0,

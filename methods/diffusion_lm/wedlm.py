@@ -71,6 +71,7 @@ class WeDLM(Method[TextGenerator]):
     top_p: float = 1.0
     mask_id: int | Literal["auto"] = "auto"
     capability = "TextGenerator"
+    owns_loop = True
     output = Output.APPROXIMATE
     # A random model has no mask token; this id is in no prompt of the batteries.
     trial = MappingProxyType({"mask_id": 38})

@@ -220,7 +220,8 @@ def select(scores: Tensor, likeness: Tensor, budget: int, fusion: Fusion) -> Ten
         Their numbers, ascending, (budget,).
     """
     low, high = scores.min(), scores.max()
-    weights = (scores - low) / (high - low) if float(high) > float(low) else torch.ones_like(scores)
+    # Where all are alike they weigh nothing, and the distance alone decides.
+    weights = (scores - low) / (high - low).clamp_min(torch.finfo(scores.dtype).tiny)
     if fusion == "sensitivity":
         return top_k(weights, budget).sort().values
 

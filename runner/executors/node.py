@@ -22,12 +22,13 @@ from typing import Any, NoReturn
 from hardware import catalog, detect, host
 from models.loading import LoadSettings, fetch, weights_hash
 from results.store import Store
-from runner.keys import PROTOCOL_VERSION, file_digest, method_source, shared_source, versions
+from runner.keys import PROTOCOL_VERSION, file_digest, shared_source, versions
 from runner.plan import LONGEST_CPU_SECONDS, usable_memory
 from runner.registry import Registry
 from runner.request import Event, Listener
 from runner.settings import build, parse_spec
 from runner.spec import ExperimentSpec
+from runner.stacking import source_of
 from runner.supervise import Supervisor
 from runner.system import die_with_parent, measuring_lane
 
@@ -85,10 +86,7 @@ def code_of(spec: ExperimentSpec) -> dict[str, Any]:
         "protocol": PROTOCOL_VERSION,
         "models": shared_source(),
         "task": file_digest([task]) if task else "",
-        "methods": {
-            cell.name: method_source(registry.find("method", cell.name).source)
-            for cell in spec.cells
-        },
+        "methods": {cell.name: source_of(cell.name, registry) for cell in spec.cells},
         **versions(),
     }
 

@@ -162,10 +162,6 @@ class Controller:
             job = next(iter(self.running))
             self._kill(job, "NODE_FAIL")
 
-    def run_again(self, job: Path) -> None:
-        """Run a job a second time, as Slurm does when its node was thought lost."""
-        (job / "state").write_text("PENDING")
-
     def _run(self) -> None:
         while not self.is_over.wait(0.02):
             with self.lock:

@@ -11,7 +11,7 @@ from runner.capabilities import taken_as
 from runner.certificate import Asked, difference
 from runner.plan import make_plan
 from runner.request import Request
-from runner.worker import _canvas_cost
+from runner.worker import calibrate
 from tests.models.tiny_diffusion import save_tiny_llada, tiny_diffusion
 
 
@@ -66,7 +66,7 @@ def test_a_text_task_is_planned_with_the_methods_and_the_baseline_of_such_models
 def test_the_cost_of_a_forward_is_measured_by_width_and_by_what_stands_beside_it(
     is_shifted: bool,
 ) -> None:
-    curve = _canvas_cost(tiny_diffusion(is_shifted=is_shifted), 0.01, 0)
+    curve = calibrate(tiny_diffusion(is_shifted=is_shifted), 0.01, 0)
     assert (curve.widths[0], curve.contexts[0]) == (1, 0)
     assert all(seconds > 0 for row in curve.seconds for seconds in row)
 

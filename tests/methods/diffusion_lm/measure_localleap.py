@@ -29,6 +29,7 @@ from models.loading import load
 from models.masked_diffusion_decode import NeverOver, Row, Step, decode_rows
 from models.stopping import Stopper
 from tasks.arithmetic_mini import ArithmeticMini
+from tasks.base import Item
 
 BATCH = 50
 SHARES = (0.25, 0.5, 1.0)
@@ -80,9 +81,14 @@ class Point(NamedTuple):
     written: Counter[int]
 
 
-def measure(model: MaskedDiffusionLM, task: ArithmeticMini, method: DiffusionMethod) -> Point:
-    """Decode all problems of a task with a method."""
-    items = list(task.items())
+def measure(
+    model: MaskedDiffusionLM,
+    task: ArithmeticMini,
+    method: DiffusionMethod,
+    items: Sequence[Item] | None = None,
+) -> Point:
+    """Decode problems of a task with a method, all of them unless `items` says which."""
+    items = list(task.items()) if items is None else items
     decoding = Decoding(max_new_tokens=task.max_new_tokens)
     stopper = Stopper(model.tokenizer, decoding, model.facts.eos_ids)
     right, tokens, rows = [], [], []

@@ -216,6 +216,15 @@ def test_hidden_tokens_get_the_same_rows_whichever_way_the_donor_is_turned() -> 
     own, turned = donor_of(model), permuted(donor_of(model), seed=3)
     old_id = {key: number for number, key in enumerate(own.vocabulary.keys)}
     hidden = torch.arange(5, len(own.vocabulary), 10)
+    here = torch.tensor([old_id[key] for key in turned.vocabulary.keys])
+    # The same vectors among one another, in another basis.
+    assert not torch.allclose(turned.input_rows, own.input_rows[here], atol=0.1)
+    torch.testing.assert_close(
+        turned.input_rows @ turned.input_rows.T,
+        own.input_rows[here] @ own.input_rows[here].T,
+        rtol=1e-4,
+        atol=1e-4,
+    )
     rows = []
     for donor in (own, turned):
         back = torch.tensor([old_id[key] for key in donor.vocabulary.keys])
@@ -459,6 +468,8 @@ def test_rows_for_a_text_are_those_of_all_rows_and_other_new_tokens_cannot_come(
     model, donor = tiny_lm(tied=tied), donor_folders["other"]
     full = transplanted(OmpTransplant(k=5, donor=donor), model)
     part = transplanted(OmpTransplant(k=5, donor=donor, rows="text"), model)
+    with pytest.raises(Unsupported, match="no row to write"):
+        part.generate(TEXT, Decoding(max_new_tokens=2))
     found = part.score(TEXT)
     used = torch.tensor(sorted(set(found.token_ids)))
     torch.testing.assert_close(part.input_rows[used], full.input_rows[used])
@@ -498,6 +509,10 @@ def test_hidden_tokens_are_made_anew_and_never_used(cls: type[VocabularyTranspla
     plain = [key for key in model.vocabulary.keys if key is not None and key.kind != "special"]
     assert set(differs.tolist()) == hidden
     assert len(hidden) == round(0.2 * len(plain))
+    _, nearly_all = without(alignment, model.vocabulary, 0.999)
+    kinds = {key.kind for token in nearly_all if (key := model.vocabulary.keys[token]) is not None}
+    assert len(nearly_all) >= len(plain) - 1
+    assert "special" not in kinds
     spoiled = tiny_lm()
     with torch.no_grad():
         table = spoiled.module.get_input_embeddings().weight

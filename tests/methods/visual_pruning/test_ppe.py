@@ -16,6 +16,7 @@ from methods.visual_pruning.ppe import Ppe, Sections, choose_members, clusters_o
 from models.base import Decoding, Unsupported
 from models.vision_language import Merged, axes_of
 from models.vision_language_decoder import (
+    PATCH,
     TEXT_AFTER,
     TEXT_BEFORE,
     Positions,
@@ -55,6 +56,14 @@ def naive_clusters(vectors: Tensor, count: int, neighbours: int) -> tuple[list[i
     order = sorted(range(tokens), key=lambda i: -density[i] * apart[i])[:count]
     belongs = [i if i in order else min(order, key=lambda c: distance[i][c]) for i in range(tokens)]
     return order, belongs
+
+
+def test_a_token_lies_at_no_distance_from_itself() -> None:
+    vectors = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) + 1024
+    # Far from the origin distances by a product round.
+    assert float(torch.cdist(vectors[None], vectors[None])[0].diagonal().max()) > 0
+    found = dpc_knn(vectors, 40, 5)
+    assert not found.distance.any()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -266,6 +275,47 @@ def test_the_cascade_merges_again_between_layers(architecture: Any, placement: A
     plain = first_logits(Ppe(keep_ratio=0.5, groups=2, placement=placement), architecture, "square")
     merged = first_logits(method, architecture, "square")
     assert not torch.equal(plain, merged)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("placement", ["ppe", "centre", "mean"])
+def test_what_a_cascade_merges_stands_where_its_members_stood(
+    monkeypatch: pytest.MonkeyPatch, architecture: Any, placement: Any
+) -> None:
+    method = Ppe(keep_ratio=0.5, groups=2, placement=placement, cascade=(2,), cascade_ratio=0.5)
+    seen: list[tuple[Any, Any, Sections]] = []
+    original = Ppe._merge_again
+
+    def watched(self: Ppe, view: Any, sections: Sections) -> Any:
+        before = view.tokens
+        seen.append((before, original(self, view, sections), sections))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Ppe, "_merge_again", watched)
+    answer_of(method, architecture, "square", tokens=1)
+    before, after, sections = seen[0]
+    places = before.patches
+    merging = merge(
+        before.states[places],
+        before.tile[places],
+        clusters_of(0.5, len(places)),
+        neighbours=method.cascade_knn,
+        order=method.order,
+    )
+    own = sections.slots(before.positions.values[:, places])
+    found = sections.slots(after.positions.values[:, after.patches])
+    assert found.shape[-1] == len(merging.members) < len(places)
+    for cluster, members in enumerate(merging.members):
+        wanted = {
+            "mean": lambda members=members: own[:, :, members].double().mean(-1),
+            "centre": lambda cluster=cluster: own[:, :, merging.centres[cluster]],
+            "ppe": lambda members=members: deal_out([own[:, :, each] for each in members]),
+        }[placement]()
+        assert torch.equal(found[:, :, cluster].double(), wanted.double())
+    words = (before.kind != PATCH).nonzero().flatten()
+    kept = (after.kind != PATCH).nonzero().flatten()
+    text = before.positions.values[:, words].double()
+    assert torch.equal(text, after.positions.values[:, kept].double())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

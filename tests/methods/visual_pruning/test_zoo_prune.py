@@ -172,7 +172,8 @@ def test_the_estimator_runs_in_float32_for_a_model_in_bfloat16() -> None:
 
 def test_the_first_choice_is_the_most_sensitive_token_and_fusions_are_what_they_say() -> None:
     draw = torch.Generator().manual_seed(3)
-    scores, likeness = torch.rand(15, generator=draw), torch.randn(15, 6, generator=draw)
+    # Neither from 0 nor to 1.
+    scores, likeness = 5 * torch.rand(15, generator=draw) + 2, torch.randn(15, 6, generator=draw)
     weights = (scores - scores.min()) / (scores.max() - scores.min())
     cosine = normalised(likeness) @ normalised(likeness).T
     first = int(scores.argmax())
@@ -190,6 +191,10 @@ def test_the_first_choice_is_the_most_sensitive_token_and_fusions_are_what_they_
         assert select(scores, likeness, 6, fusion).tolist() == sorted(chosen)
     best = select(scores, likeness, 6, "sensitivity").tolist()
     assert best == sorted(top_k(scores, 6).tolist())
+    # Scores that tell nothing apart leave the choice to the distances.
+    for fusion in ("product", "sum"):
+        even = select(torch.full((15,), 0.3), likeness, 6, fusion).tolist()
+        assert even == select(torch.full((15,), 0.3), likeness, 6, "diversity").tolist()
 
 
 def test_a_scale_changes_neither_and_the_least_sensitive_token_comes_last() -> None:
