@@ -25,7 +25,7 @@ from scipy.stats import norm
 from results.evidence import Belief, Evidence, Known, Place
 from results.statistics import WIDE_NORMAL_QUANTILE
 from runner.request import Request
-from runner.settings import parse_spec
+from runner.settings import parse_method, parse_spec
 from runner.spec import ExperimentSpec
 
 if TYPE_CHECKING:
@@ -196,7 +196,9 @@ def _again(plan: Plan, known: Known, expand: Expand) -> tuple[list[Step], Instea
     request = plan.request
     groups: dict[tuple[str, str], list[Undecided]] = {}
     taken: dict[tuple[str, str], dict[str, float]] = {}
+    answered: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
     for each in plan.answers:
+        answered.setdefault((each.task, each.model), {})[each.method] = each.pair
         evidence = known.evidence.get(each.pair[1])
         if evidence is not None and evidence.seconds is not None:
             taken.setdefault((each.task, each.model), {})[each.method] = evidence.seconds
@@ -206,9 +208,12 @@ def _again(plan: Plan, known: Known, expand: Expand) -> tuple[list[Step], Instea
     steps: list[Step] = []
     settled: Instead = {}
     for (task, model), group in groups.items():
+        # A stack without its parts would not say what became of their gains.
+        named = {str(part) for each in group for part in parse_method(each.method).parts}
+        parts = {method: pair for method, pair in answered[task, model].items() if method in named}
         asked = replace(
             request,
-            methods=tuple(each.method for each in group),
+            methods=tuple(dict.fromkeys((*parts, *(each.method for each in group)))),
             tasks=(task,),
             models=(model,),
             names_methods=True,
@@ -221,9 +226,10 @@ def _again(plan: Plan, known: Known, expand: Expand) -> tuple[list[Step], Instea
         )
         more = _more(asked, [each.evidence for each in group], known, expand)
         answers = {answer.method: answer.pair for answer in more.answers}
-        settled |= {each.pair: answers[each.method] for each in group if each.method in answers}
+        pairs = {**parts, **{each.method: each.pair for each in group}}
+        settled |= {pair: answers[method] for method, pair in pairs.items() if method in answers}
         if more.experiments:
-            steps.append(_replacing(more, group, known, taken[task, model]))
+            steps.append(_replacing(more, group, pairs, known, taken[task, model]))
     return steps, settled
 
 
@@ -265,8 +271,20 @@ def _more(asked: Request, evidence: Sequence[Evidence], known: Known, expand: Ex
 
 
 def _replacing(
-    more: Plan, undecided: Sequence[Undecided], known: Known, taken: Mapping[str, float]
+    more: Plan,
+    undecided: Sequence[Undecided],
+    pairs: Mapping[str, tuple[str, str]],
+    known: Known,
+    taken: Mapping[str, float],
 ) -> Step:
+    """Return the experiment of a plan that measures undecided pairs again.
+
+    Args:
+        more: The plan.
+        undecided: What it is to decide.
+        pairs: Cells whose place it takes, by their methods.
+        known, taken: As in `_seconds`.
+    """
     [spec] = more.experiments
     seconds, is_guessed = _seconds(spec, known, taken)
     by_method = {cell.method: (spec.experiment_id, cell.cell_id) for cell in spec.cells}
@@ -282,9 +300,7 @@ def _replacing(
         seconds=seconds,
         is_guessed=is_guessed,
         bits=bits,
-        replaced={
-            each.pair: by_method[each.method] for each in undecided if each.method in by_method
-        },
+        replaced={pair: by_method[method] for method, pair in pairs.items() if method in by_method},
     )
 
 

@@ -86,6 +86,13 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
                 {"id": cell_id, "experiment": rows[0]["experiment_id"] if rows else ""},
             )
         )
+        interactions = rows_of(
+            connection.execute(
+                "SELECT * FROM interactions WHERE starts_with(cell_id, $id) "
+                "AND experiment_id = $experiment",
+                {"id": cell_id, "experiment": rows[0]["experiment_id"] if rows else ""},
+            )
+        )
     cells = {row["cell_id"]: row["method"] for row in reversed(rows)}
     if len(cells) != 1:
         listed = ", ".join(f"{each[:12]} ({method})" for each, method in list(cells.items())[:5])
@@ -102,6 +109,9 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
     log = cell.pop("log_tail")
     sections = [_facts("", cell)]
     sections += why.sections(index_path, cell["experiment_id"], cell["cell_id"])
+    for row in interactions:
+        numbers = _interactions({**row, "quality_unit": cell["quality_unit"]})
+        sections.append(Section("Beside its parts alone", numbers))
     sections += [_facts(title, facts) for title, facts in parts.items() if facts]
     if divergences:
         sections.append(Section("Divergences", [_row(each) for each in divergences]))
@@ -113,6 +123,23 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
     if log:
         sections.append(Section("Log", [{"line": line} for line in str(log).splitlines()]))
     return sections
+
+
+def _interactions(row: dict[str, Any]) -> list[dict[str, str]]:
+    """Return what became of the gains of a stack's parts, a row for each kind of gain."""
+    from results.report.numbers import INTERACTIONS
+
+    return [
+        {
+            "number": each.heading,
+            "value": each.value(row),
+            "interval": each.ends(row),
+            "verdict": each.judged(row),
+            "items": str(row["items"]),
+        }
+        for each in INTERACTIONS
+        if row[each.column] is not None
+    ]
 
 
 def _last_measured(index_path: Path, method: str, task: str) -> str:

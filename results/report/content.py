@@ -76,6 +76,7 @@ class Content:
         cells: Rows of the view with what the table `cells` has beside it, by experiment and cell.
         metrics: Rows of the table `metrics`, by experiment and cell.
         scorers: Rows of `scorer_metrics`, likewise.
+        interactions: Of stacks whose parts were measured beside them, by experiment and cell.
         runs: Rows of `runs`, the newest first.
         run_cells: Experiment and cell of each run, in the order of its plan.
     """
@@ -85,6 +86,7 @@ class Content:
     cells: Mapping[tuple[str, str], Row] = field(default_factory=dict)
     metrics: Mapping[tuple[str, str], Sequence[Row]] = field(default_factory=dict)
     scorers: Mapping[tuple[str, str], Sequence[Row]] = field(default_factory=dict)
+    interactions: Mapping[tuple[str, str], Row] = field(default_factory=dict)
     runs: Sequence[Row] = ()
     run_cells: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
 
@@ -117,6 +119,10 @@ def read(index_path: Path) -> Content:
         )
         metrics = rows("SELECT * FROM metrics ORDER BY is_headline DESC, metric")
         scorers = rows("SELECT * FROM scorer_metrics ORDER BY metric, scorer")
+        interactions = rows(
+            "SELECT i.*, c.baseline_cell_id, c.quality_unit "
+            "FROM interactions i JOIN comparison c USING (experiment_id, cell_id)"
+        )
         runs = rows("SELECT * FROM runs ORDER BY started DESC, run_id DESC")
         planned = connection.execute(
             "SELECT run_id, experiment_id, cell_id FROM run_cells ORDER BY run_id, place"
@@ -130,6 +136,7 @@ def read(index_path: Path) -> Content:
         cells={(row["experiment_id"], row["cell_id"]): row for row in cells},
         metrics=_by_cell(metrics),
         scorers=_by_cell(scorers),
+        interactions={(row["experiment_id"], row["cell_id"]): row for row in interactions},
         runs=runs,
         run_cells=run_cells,
     )

@@ -24,6 +24,7 @@ class Quantity:
         meaning: In a sentence.
         low, high: Columns of its interval; "" if it has none.
         verdict: Column of its verdict; "" if it has none.
+        table: Where it is read: the view, or the table `interactions`.
     """
 
     column: str
@@ -32,6 +33,12 @@ class Quantity:
     low: str = ""
     high: str = ""
     verdict: str = ""
+    table: str = "comparison"
+
+    @property
+    def key(self) -> str:
+        """What it is called among all numbers of a cell."""
+        return self.column if self.table == "comparison" else f"{self.table}_{self.column}"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -53,9 +60,9 @@ class Quantity:
         return str(row[self.verdict] or "") if self.verdict else ""
 
     def sql(self, row: Row) -> str:
-        """Return the statement that reads it from the view."""
+        """Return the statement that reads it."""
         return (
-            f"SELECT {', '.join(self.columns)} FROM comparison "
+            f"SELECT {', '.join(self.columns)} FROM {self.table} "
             f"WHERE experiment_id = {text.sql(row['experiment_id'])} "
             f"AND cell_id = {text.sql(row['cell_id'])}"
         )
@@ -112,6 +119,32 @@ QUANTITIES: Final = (
 )
 
 
+def _interaction(column: str, of: str, meaning: str) -> Quantity:
+    low, high, verdict = (f"{column}_{end}" for end in ("low", "high", "verdict"))
+    return Quantity(column, f"interaction of {of}", meaning, low, high, verdict, "interactions")
+
+
+# Of a stack whose parts were measured beside it.
+INTERACTIONS: Final = (
+    _interaction(
+        "speed",
+        "speed-up",
+        "The speed-up of both parts over the product of each alone; 1 where gains multiply.",
+    ),
+    _interaction("decode", "decode speed-up", "The same for the time after the prefill alone."),
+    _interaction(
+        "tokens_per_forward",
+        "tokens/forward",
+        "The same for tokens a forward: are fewer drafts accepted than without the first part?",
+    ),
+    _interaction(
+        "quality",
+        "quality",
+        "What both change beyond the sum of what each changes alone; 0 where changes add up.",
+    ),
+)
+
+
 def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str:
     """Return the statement that makes a number anew from the samples; "" where SQL cannot.
 
@@ -147,13 +180,9 @@ def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str
         )
     unit = "output_tokens" if output_unit == "token" else "1"
     if column == "speedup":
-        # Repeats of equal length are combined by their median, others by their mean.
         return (
-            f"WITH {both}, totals AS (SELECT cell_id, avg({unit}) AS units, "
-            f"CASE WHEN min({unit}) = max({unit}) THEN median(seconds) ELSE avg(seconds) END "
-            "AS seconds FROM samples JOIN both_ran USING (item_id) "
-            f"WHERE experiment_id = {text.sql(row['experiment_id'])} GROUP BY cell_id, item_id) "
-            f"SELECT {_ratio(row, 'sum(seconds)', 'sum(units)', is_own_first=False)} FROM totals"
+            f"WITH {both}, {_totals(row, 'seconds', unit, 'both_ran')} "
+            f"SELECT {_ratio(row, 'sum(cost)', 'sum(units)', is_own_first=False)} FROM totals"
         )
     if column in ("work_ratio", "memory_ratio"):
         ratio = (
@@ -166,6 +195,43 @@ def raw_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str
             f"WHERE experiment_id = {text.sql(row['experiment_id'])}"
         )
     return ""
+
+
+def raw_interaction_sql(row: Row, column: str, *, metric_kind: str, output_unit: str) -> str:
+    """Return the statement that makes an interaction anew from the samples; "" where SQL cannot.
+
+    Args:
+        row: Of the table `interactions`, with `baseline_cell_id` and `metric` of the view.
+        column: Of one of `INTERACTIONS`.
+        metric_kind, output_unit: As in `raw_sql`.
+    """
+    four = ("baseline_cell_id", "first_cell", "second_cell", "cell_id")
+    neither, first, second, both = (text.sql(row[name]) for name in four)
+    experiment = f"experiment_id = {text.sql(row['experiment_id'])}"
+    if column == "quality":
+        if metric_kind not in ("binary", "mean"):
+            return ""
+        sides = [f"max(value) FILTER (cell_id = {cell})" for cell in (both, first, second, neither)]
+        change = f"{sides[0]} - {sides[1]} - {sides[2]} + {sides[3]}"
+        return (
+            f"SELECT avg(change) FROM (SELECT {change} AS change FROM scores "
+            f"WHERE {experiment} AND metric = {text.sql(str(row['metric']))} GROUP BY item_id)"
+        )
+    cost, unit = {
+        "speed": ("seconds", "output_tokens" if output_unit == "token" else "1"),
+        "decode": ("seconds - prefill_seconds", "decode_tokens"),
+        "tokens_per_forward": ("target_forwards", "decode_tokens"),
+    }[column]
+    costs = {
+        cell: f"sum(cost) FILTER (cell_id = {cell}) / sum(units) FILTER (cell_id = {cell})"
+        for cell in (neither, first, second, both)
+    }
+    return (
+        f"WITH all_ran AS (SELECT item_id FROM samples WHERE {experiment} AND cell_id IN "
+        f"({', '.join(costs)}) GROUP BY item_id HAVING count(DISTINCT cell_id) = 4), "
+        f"{_totals(row, cost, unit, 'all_ran')} SELECT ({costs[first]}) * ({costs[second]}) "
+        f"/ (({costs[both]}) * ({costs[neither]})) FROM totals"
+    )
 
 
 def samples_sql(row: Row) -> str:
@@ -184,6 +250,19 @@ def _both(row: Row) -> str:
     return (
         f"both_ran AS (SELECT DISTINCT item_id {chosen} {cells[0]} "
         f"INTERSECT SELECT DISTINCT item_id {chosen} {cells[1]})"
+    )
+
+
+def _totals(row: Row, cost: str, unit: str, shared: str) -> str:
+    """Return cost and units of output of each item of each cell, as a common table.
+
+    Repeats of equal length are combined by their median, others by their mean.
+    """
+    return (
+        f"totals AS (SELECT cell_id, avg({unit}) AS units, "
+        f"CASE WHEN min({unit}) = max({unit}) THEN median({cost}) ELSE avg({cost}) END AS cost "
+        f"FROM samples JOIN {shared} USING (item_id) "
+        f"WHERE experiment_id = {text.sql(row['experiment_id'])} GROUP BY cell_id, item_id)"
     )
 
 

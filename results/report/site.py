@@ -26,7 +26,15 @@ from results.claims import Verdict, counts
 from results.report import charts
 from results.report.content import Content, Described, Part, Sources, loaded, read, slug
 from results.report.grid import PAGE_ROWS, anchor, differing, evidence, grid
-from results.report.numbers import QUANTITIES, number_text, raw_sql, samples_sql
+from results.report.numbers import (
+    INTERACTIONS,
+    QUANTITIES,
+    Quantity,
+    number_text,
+    raw_interaction_sql,
+    raw_sql,
+    samples_sql,
+)
 from results.statistics import NOT_WORSE
 from results.tables import Row, Table
 
@@ -398,6 +406,7 @@ class Site:
             "name": name,
             "described": self.sources.tasks.get(name, Described()),
             "grid": self._grid(chosen, with_task=False),
+            "stacks": self._stacks(chosen),
             "charts": self._charts(chosen),
             "notes": [(self._title(table), table.notes) for table in chosen],
             "versions": _versions(experiments),
@@ -419,6 +428,37 @@ class Site:
                     charts.chart(table, higher_is_better=is_better, title=self._title(table))
                 )
         return [each for each in found if each is not None]
+
+    def _stacks(self, chosen: Sequence[Table], method: str = "") -> list[dict[str, Any]]:
+        """Return the tables of what became of the gains of stacks' parts.
+
+        Args:
+            chosen: The tables above them.
+            method: A stack, or a part of stacks; all stacks if empty.
+        """
+        found = []
+        for table in chosen:
+            for below in table.below:
+                rows = [
+                    {"texts": texts, "evidence": evidence(row)}
+                    for texts, row in zip(below.rows, below.data, strict=True)
+                    if not method or method in self._methods_of(row)
+                ]
+                if rows:
+                    found.append(
+                        {
+                            "title": self._title(table),
+                            "columns": below.columns,
+                            "rows": rows,
+                            "notes": below.notes,
+                        }
+                    )
+        return found
+
+    def _methods_of(self, row: Row) -> list[str]:
+        """Return the names of a stack and of its parts."""
+        cells = [row[name] for name in ("cell_id", "first_cell", "second_cell")]
+        return [self.content.cells[row["experiment_id"], cell]["method"] for cell in cells]
 
     def _measures(self, experiments: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         """Return the metrics of some experiments, and who else scored them."""
@@ -455,6 +495,7 @@ class Site:
                 with_task=True,
                 only=[(row["experiment_id"], row["cell_id"]) for row in rows],
             ),
+            "stacks": self._stacks(chosen, name),
             "charts": self._charts(newest[:_DRAWN]),
             "explained": explained,
             "not_explained": max(0, len(rows) - len(explained)),
@@ -548,18 +589,14 @@ class Site:
             "anchor": anchor(row["cell_id"]),
             "spec": row["spec"] or row["method"],
             "numbers": [
-                {
-                    "quantity": quantity,
-                    "anchor": anchor(row["cell_id"], quantity.column),
-                    "value": quantity.value(row),
-                    "ends": quantity.ends(row),
-                    "verdict": quantity.judged(row),
-                    "exact": number_text(row[quantity.column]),
-                    "sql": quantity.sql(row),
-                    "raw": raw_sql(row, quantity.column, metric_kind=kind, output_unit=output_unit),
-                }
-                for quantity in QUANTITIES
-                if row[quantity.column] is not None
+                *_numbers(
+                    row, QUANTITIES, partial(raw_sql, metric_kind=kind, output_unit=output_unit)
+                ),
+                *_numbers(
+                    self.content.interactions.get(key, {}),
+                    INTERACTIONS,
+                    partial(raw_interaction_sql, metric_kind=kind, output_unit=output_unit),
+                ),
             ],
             "samples_sql": samples_sql(row),
             "params": _list("Settings", _object(row["params"])),
@@ -578,6 +615,24 @@ class Site:
             "num_divergences": len(divergences),
             "log": (row["log_tail"] or "").splitlines(),
         }
+
+
+def _numbers(
+    row: Row, quantities: Iterable[Quantity], raw: Callable[[Row, str], str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the numbers of a row that are there, each with the SQL that gives it."""
+    for quantity in quantities:
+        if row.get(quantity.column) is not None:
+            yield {
+                "quantity": quantity,
+                "anchor": anchor(row["cell_id"], quantity.key),
+                "value": quantity.value(row),
+                "ends": quantity.ends(row),
+                "verdict": quantity.judged(row),
+                "exact": number_text(row[quantity.column]),
+                "sql": quantity.sql(row),
+                "raw": raw(row, quantity.column),
+            }
 
 
 def _object(value: str | None) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,3 +165,16 @@ def make_site(folder: Path) -> Path:
     """Write a store and its site below a folder; return the site's."""
     write(folder / "site", make_world(folder / "store"), make_sources())
     return folder / "site"
+
+
+def numbers_of(page: Path) -> Iterator[tuple[str, float, list[str]]]:
+    """Yield each number of an experiment's page: its column, its value, and the SQL beside it."""
+    text = page.read_text(encoding="utf-8")
+    rows = re.findall(r'<tr id="c-[a-z0-9-]+?-([a-z_]+)">(.*?)</tr>', text, re.DOTALL)
+    for column, body in rows:
+        [exact] = re.findall(r'<small class="exact">(.*?)</small>', body)
+        yield (
+            column,
+            float(exact),
+            list(map(html.unescape, re.findall(r"<code>(.*?)</code>", body))),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from results import tables
 from results.ingest import ingest
 from results.records import CellRecord, CorpusRecord, MetricRecord, SampleRecord
+from results.report.content import Sources
+from results.report.site import write
 from results.statistics import Estimate, interaction_verdict
 from results.store import Store
 from results.tables import connect, rows_of
@@ -28,6 +31,7 @@ from tests.results.factory import (
     make_scores,
     write_shard,
 )
+from tests.results.report_world import make_site, numbers_of
 
 FOUR = ("plain", "kv", "draft", "kv+draft")
 # Gains of 2 and 3 alone; together 6 if they multiply.
@@ -98,6 +102,41 @@ def test_the_interaction_is_the_gain_of_both_over_the_product_of_the_gains(tmp_p
         assert row[kind] == pytest.approx(both / (kv * draft))
     kv, draft, both = (found[name]["tokens_per_forward"] for name in FOUR[1:])
     assert row["tokens_per_forward"] == pytest.approx(both / (kv * draft))
+
+
+def test_the_report_shows_it_with_the_sql_that_gives_it(tmp_path: Path) -> None:
+    scores = {
+        name: [float(item % (place + 2) == 0) for item in range(8)]
+        for place, name in enumerate(FOUR)
+    }
+    store = store_of(tmp_path / "store", noise=0.2, scores=scores)
+    site = tmp_path / "site"
+    write(site, store.index_path, Sources())
+    [page] = (site / "experiments").glob("*.html")
+    row, seen = interaction(store), {}
+    with duckdb.connect(str(store.index_path), read_only=True) as connection:
+        for column, exact, statements in numbers_of(page):
+            if column.startswith("interactions_"):
+                assert exact == row[column.removeprefix("interactions_")]
+                for statement in statements:
+                    [answer] = connection.execute(statement).fetchall()
+                    assert answer[0] == pytest.approx(exact, rel=1e-9, abs=1e-12), statement
+                seen[column] = len(statements)
+    kinds = ("speed", "decode", "tokens_per_forward", "quality")
+    assert seen == {f"interactions_{kind}": 2 for kind in kinds}  # from the table, from the samples
+    [below] = tables.comparison_tables(store.index_path, None)[0].below
+    [task] = (site / "tasks").glob("*.html")
+    text = html.unescape(task.read_text(encoding="utf-8"))
+    assert "Two methods at once" in text
+    for cell in below.rows[0]:
+        assert f">{cell}</t" in text
+    assert f'href="../experiments/{page.name}#c-' in text
+    assert all(note in text for note in below.notes)
+
+
+def test_a_report_without_stacks_says_nothing_of_them(tmp_path: Path) -> None:
+    site = make_site(tmp_path)
+    assert "Two methods at once" not in (site / "tasks" / "toy.html").read_text(encoding="utf-8")
 
 
 def test_a_slow_machine_is_nobodys_interaction(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from results.report.site import MANIFEST, ReportError, write
 from results.store import Store
 from results.tables import comparison_tables
 from tests.results.factory import make_cell, make_experiment, make_run, make_samples, make_store
-from tests.results.report_world import EVIL, make_site, make_sources, make_world
+from tests.results.report_world import EVIL, make_site, make_sources, make_world, numbers_of
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 LOADING = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
@@ -264,21 +264,12 @@ def test_the_sql_beside_a_number_gives_the_number(site: Path, index: Path) -> No
     checked: dict[str, int] = {}
     with duckdb.connect(str(index), read_only=True) as connection:
         for path in sorted((site / "experiments").glob("*.html")):
-            page = Page(path)
-            rows = re.findall(
-                r'<tr id="c-([a-z0-9-]+?)-([a-z_]+)">(.*?)</tr>', page.text, re.DOTALL
-            )
-            assert rows
-            for _, column, body in rows:
-                exact = re.search(r'<small class="exact">(.*?)</small>', body)
-                assert exact is not None
-                statements = [
-                    statement.replace("&#39;", "'").replace("&#34;", '"').replace("&gt;", ">")
-                    for statement in re.findall(r"<code>(.*?)</code>", body)
-                ]
+            numbers = list(numbers_of(path))
+            assert numbers
+            for column, exact, statements in numbers:
                 for place, statement in enumerate(statements):
                     [answer] = connection.execute(statement).fetchall()
-                    assert float(answer[0]) == pytest.approx(float(exact[1]), rel=1e-9), statement
+                    assert float(answer[0]) == pytest.approx(exact, rel=1e-9), statement
                     checked[column] = checked.get(column, 0) + place
     for column in ("speedup", "quality", "quality_delta", "work_ratio", "memory_ratio"):
         assert checked[column] >= 3, column

@@ -170,6 +170,28 @@ def test_where_a_task_has_no_more_items_repeats_are_asked_for(tmp_path: Path, mo
     assert spec.repeats > 1
 
 
+def test_an_undecided_stack_is_measured_again_with_its_parts(tmp_path: Path, model: str) -> None:
+    """Otherwise nothing could be said of what became of their gains."""
+    kv, stack = "snapkv:budget=12,window=4", "snapkv:budget=12,window=4+prompt-lookup"
+    request = asked(
+        tmp_path, model, SHORT, methods=("autoregressive", kv, "twin", "prompt-lookup", stack)
+    )
+    first = make_plan(request)
+    speeds = {"autoregressive": 1.0, "snapkv": 2.0, "twin": 3.0, "prompt-lookup": 3.0}
+    measure(first, {**speeds, "snapkv+prompt-lookup": 1.12}, noise=0.2)
+    again = make_plan(dataclasses.replace(request, budget=7200.0))
+    both = ["autoregressive", "snapkv", "prompt-lookup", "snapkv+prompt-lookup"]
+    assert methods(again) == [both]
+    ids = {cell.name: cell.cell_id for cell in first.experiments[0].cells}
+    new = {cell.name: cell.cell_id for cell in again.experiments[0].cells}
+    # One row a method: the larger measurement of a part takes the place of the smaller one.
+    answered = {cell for _, cell in again.cells}
+    assert answered == {ids["autoregressive"], ids["twin"], *new.values()}
+
+    alone = make_plan(dataclasses.replace(request, methods=(kv, stack), budget=7200.0))
+    assert methods(alone) == [["autoregressive", "snapkv", "snapkv+prompt-lookup"]]
+
+
 def test_what_does_not_fit_is_left_for_later_with_the_time_that_it_needs(
     tmp_path: Path, model: str
 ) -> None:

@@ -355,7 +355,14 @@ def test_a_stack_is_described_by_its_parts():
 
 def test_a_measured_stack_is_shown_like_any_cell(asked: Request):
     index = Store(asked.store).index_path
-    facts, *_ = describe_cell(index, "snapkv+prompt-lookup@parity")
+    facts, *others = describe_cell(index, "snapkv+prompt-lookup@parity")
     shown = {row["key"]: row["value"] for row in facts.rows}
     assert shown["spec"] == BOTH
     assert shown["output check"] == "approximate"
+    [beside] = [each for each in others if each.title == "Beside its parts alone"]
+    found = {row["number"]: row for row in beside.rows}
+    assert next(iter(found)) == "interaction of speed-up"
+    assert found["interaction of quality"]["verdict"] == "SAME"
+    assert {row["items"] for row in beside.rows} == {"6"}
+    sections = describe_cell(index, f"{LOOKUP}@parity")
+    assert "Beside its parts alone" not in [each.title for each in sections]
