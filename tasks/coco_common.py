@@ -123,15 +123,18 @@ class DetectionTask(Task[Detector]):
     Attributes:
         output: What is asked for: `box`, `point`, `polygon` or `keypoint`.
         max_new_tokens: Longest answer of a detector that writes tokens.
+        tool: What computes AP and AR: `hotcoco`, or `pycocotools` for the same numbers later.
     """
 
     output: DetectionOutput = "box"
     max_new_tokens: int = 2048
+    tool: rules.Tool = "hotcoco"
 
     capability = "Detector"
 
     def __post_init__(self) -> None:
         check_choice("output", self.output, OUTPUTS)
+        check_choice("tool", self.tool, rules.TOOLS)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
 
@@ -269,7 +272,7 @@ class DetectionTask(Task[Detector]):
 
     def conditions(self) -> dict[str, str]:
         """Return which of the COCO tools computes AP, and its version."""
-        return {"coco_tool": f"{rules.TOOL} {version(rules.TOOL)}"}
+        return {"coco_tool": f"{self.tool} {version(self.tool)}"}
 
     def corpus(
         self, outputs: Mapping[str, str], draws: npt.NDArray[np.int64]
@@ -401,7 +404,7 @@ class DetectionTask(Task[Detector]):
             {question.image.id: question.truths for question in questions},
             records,
             kind,
-            by=rules.TOOL,
+            by=self.tool,
             buckets=self.buckets,
             mark=self.mark,
         )

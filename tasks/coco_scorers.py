@@ -1,9 +1,10 @@
 """Quality of detections: AP and AR by the COCO tools, F1 for detectors that give no scores.
 
-**AP and AR** come from pycocotools or faster-coco-eval, whose numbers are the same (tested to
-1e-9; the second is used). Both also tell which detection took which truth, and from
-that `resampled_stats` gives the numbers of a resampled set of images: an image that is drawn twice
-counts twice. Its numbers for the set itself are the tools'.
+**AP and AR** come from hotcoco or pycocotools, whose numbers are the same (tested to 1e-9, as are
+those of faster-coco-eval, which is none of the choices: it does not tell its matches). Both also
+tell which detection took which truth, and from that `resampled_stats` gives the numbers of a
+resampled set of images: an image that is drawn twice counts twice. Its numbers for the set itself
+are the tools'. `tests/benchmarks/test_coco.py` compares the time that the three take.
 
 **F1 at an IoU** needs no scores: of an image's predictions and truths of one phrase the pair with
 the largest IoU is matched first, ties by their order; P = TP / predictions, R = TP / truths,
@@ -21,8 +22,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -33,11 +35,8 @@ from models.base import Unsupported
 from tasks.coco_data import Annotation, Category, ImageRecord, ResultKind
 
 Floats = NDArray[np.float64]
-Tool = Literal["faster-coco-eval", "pycocotools"]
+Tool = Literal["hotcoco", "pycocotools"]
 TOOLS: tuple[Tool, ...] = get_args(Tool)
-# The one that is used: 3.6 times less CPU time on 5,000 images with 73,562 boxes
-# (`tests/benchmarks/test_coco.py`).
-TOOL: Tool = "faster-coco-eval"
 
 # The thresholds of the COCO tools, to the bit.
 THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
@@ -90,15 +89,23 @@ class Evaluation:
         stats: Its numbers by name, NaN where it has none (no truth of that size).
         precision: (thresholds, recalls, categories, areas, maxDets), -1 where there is no truth.
         recall: (thresholds, categories, areas, maxDets).
-        matches: By category and area what was matched in each image that has any of it.
+        read_matches: Gives `matches`.
         most: Detections of an image and category that count, ascending.
     """
 
     stats: dict[str, float]
     precision: Floats
     recall: Floats
-    matches: Sequence[Sequence[Sequence[Match]]]
+    read_matches: Callable[[], Sequence[Sequence[Sequence[Match]]]]
     most: tuple[int, ...]
+
+    @cached_property
+    def matches(self) -> Sequence[Sequence[Sequence[Match]]]:
+        """By category and area what was matched in each image that has any of it.
+
+        Read when it is asked for: that takes longer than the numbers. faster-coco-eval has none.
+        """
+        return self.read_matches()
 
 
 class Match(NamedTuple):
@@ -144,7 +151,7 @@ def evaluate(
     results: Sequence[Mapping[str, Any]],
     kind: ResultKind,
     *,
-    by: Tool,
+    by: Tool | Literal["faster-coco-eval"],
     buckets: tuple[float, float] = COCO_BUCKETS,
     mark: str = "",
 ) -> Evaluation:
@@ -161,37 +168,24 @@ def evaluate(
         mark: See `stat_names`.
     """
     content = _dataset(images, categories, truths, kind)
-    if by == "pycocotools":
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval as Evaluator
-
-        options: dict[str, Any] = {}
-    else:
-        from faster_coco_eval import COCO
-        from faster_coco_eval import COCOeval_faster as Evaluator
-
-        options = {"separate_eval": True, "rle_iou_max_workers": 1}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = content
-        truth.createIndex()
-        image_ids = {image.id: place for place, image in enumerate(images, start=1)}
-        category_ids = {each.id: place for place, each in enumerate(categories, start=1)}
-        renamed = [
-            {
-                **result,
-                "image_id": image_ids[result["image_id"]],
-                "category_id": category_ids[result["category_id"]],
-            }
-            for result in results
-        ]
-        if renamed:
-            found = truth.loadRes(renamed)
-        else:  # the tools cannot load an empty list
-            found = COCO()
-            found.dataset = {**content, "annotations": []}
-            found.createIndex()
-        evaluator = Evaluator(truth, found, kind, **options)
+    image_ids = {image.id: place for place, image in enumerate(images, start=1)}
+    category_ids = {each.id: place for place, each in enumerate(categories, start=1)}
+    renamed = [
+        {
+            **result,
+            "image_id": image_ids[result["image_id"]],
+            "category_id": category_ids[result["category_id"]],
+        }
+        for result in results
+    ]
+    make, evaluator_class, options = _tool(by)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        # Of settings that are not COCO's: sizes with limits of ours have names of their own.
+        warnings.filterwarnings("ignore", "hotcoco: ", UserWarning)
+        truth = make(content)
+        # The tools cannot load an empty list.
+        found = truth.loadRes(renamed) if renamed else make({**content, "annotations": []})
+        evaluator = evaluator_class(truth, found, kind, **options)
         settings = evaluator.params
         settings.imgIds, settings.catIds = list(image_ids.values()), list(category_ids.values())
         settings.iouThrs, settings.recThrs = THRESHOLDS, _RECALLS
@@ -203,15 +197,10 @@ def evaluate(
             settings.kpt_oks_sigmas = np.array(_sigmas(categories))
         settings.areaRng, settings.areaRngLbl = limits, labels
         settings.maxDets = list(_MOST_PEOPLE if kind == "keypoints" else _MOST)
+        evaluator.params = settings
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    pairs = sorted(
-        {
-            (record["category_id"] - 1, record["image_id"] - 1)
-            for record in (*content["annotations"], *renamed)
-        }
-    )
     names = stat_names(kind, mark)
     stats = [float(number) for number in evaluator.stats[: len(names)]]
     return Evaluation(
@@ -221,9 +210,35 @@ def evaluate(
         },
         precision=np.asarray(evaluator.eval["precision"]),
         recall=np.asarray(evaluator.eval["recall"]),
-        matches=_matches(evaluator, by, pairs, (len(categories), len(limits), len(images))),
+        read_matches=lambda: _matches(evaluator.evalImgs, limits, len(categories)),
         most=tuple(settings.maxDets),
     )
+
+
+def _tool(by: str) -> tuple[Callable[[dict[str, Any]], Any], Any, dict[str, Any]]:
+    """Return what makes a tool's data of a content, its evaluator, and how that is called."""
+    if by == "hotcoco":
+        import hotcoco
+
+        return hotcoco.COCO, hotcoco.COCOeval, {}
+    data_class: Any
+    if by == "faster-coco-eval":
+        import faster_coco_eval
+
+        data_class, evaluator = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+        options = {"rle_iou_max_workers": 1}
+    else:
+        from pycocotools import coco, cocoeval
+
+        data_class, evaluator, options = coco.COCO, cocoeval.COCOeval, {}
+
+    def make(content: dict[str, Any]) -> Any:
+        found = data_class()
+        found.dataset = content
+        found.createIndex()
+        return found
+
+    return make, evaluator, options
 
 
 def _dataset(
@@ -283,50 +298,29 @@ def _sigmas(categories: Sequence[Category]) -> tuple[float, ...]:
 
 
 def _matches(
-    evaluator: Any, by: Tool, pairs: Sequence[tuple[int, int]], shape: tuple[int, int, int]
+    images: Sequence[Any], areas: Sequence[Sequence[float]], num_categories: int
 ) -> list[list[list[Match]]]:
-    """Return what a tool has matched.
+    """Return what a tool has matched, by category and area.
 
     Args:
-        evaluator: Of the tool.
-        by: The tool.
-        pairs: Category and image, counted from 0 and ascending, where there is something.
-        shape: Numbers of categories, areas and images: the tool's list has them in this order.
+        images: `evalImgs` of the tool, by category, area and image; None where there is nothing.
+        areas: Limits of sizes.
+        num_categories: Of the data.
     """
-    flat = evaluator.evalImgs if by == "pycocotools" else evaluator._evalImgs_cpp
-    read = _python_match if by == "pycocotools" else _native_match
-    categories, areas, images = shape
-    found: list[list[list[Match]]] = [[[] for _ in range(areas)] for _ in range(categories)]
-    for category, image in pairs:
-        for area in range(areas):
-            found[category][area].append(
-                read(image, flat[(category * areas + area) * images + image])
+    places = {tuple(map(float, limits)): place for place, limits in enumerate(areas)}
+    found: list[list[list[Match]]] = [[[] for _ in areas] for _ in range(num_categories)]
+    for each in images:
+        if each is not None:
+            match = Match(
+                each["image_id"] - 1,
+                np.array(each["dtScores"], float),
+                np.asarray(each["dtMatches"]) != 0,
+                np.asarray(each["dtIgnore"]).astype(bool),
+                int(np.count_nonzero(np.asarray(each["gtIgnore"]) == 0)),
             )
+            area = places[tuple(map(float, each["aRng"]))]
+            found[each["category_id"] - 1][area].append(match)
     return found
-
-
-def _python_match(image: int, found: Any) -> Match:
-    return Match(
-        image,
-        np.array(found["dtScores"], float),
-        np.asarray(found["dtMatches"]) != 0,
-        np.asarray(found["dtIgnore"]).astype(bool),
-        int(np.count_nonzero(np.asarray(found["gtIgnore"]) == 0)),
-    )
-
-
-def _native_match(image: int, found: Any) -> Match:
-    # What pickle would store: matches of detections, of truths, scores, ignored truths, ignored
-    # detections; nothing else of it can be read from Python.
-    matched, _, scores, ignored_truths, ignored, *_ = found.__getstate__()
-    shape = (len(THRESHOLDS), len(scores))
-    return Match(
-        image,
-        np.array(scores, float),
-        np.array(matched).reshape(shape) != 0,
-        np.array(ignored, bool).reshape(shape),
-        len(ignored_truths) - sum(ignored_truths),
-    )
 
 
 def resampled_stats(

@@ -41,7 +41,7 @@ def like_val2017() -> tuple[list[ImageRecord], list[Category], Any, list[dict[st
     return images, categories, truths, results
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", [*TOOLS, "faster-coco-eval"])
 def test_boxes_of_5000_images(benchmark: Any, tool: Any) -> None:
     made = like_val2017()
     found = benchmark.pedantic(evaluate, args=(*made, "bbox"), kwargs={"by": tool}, rounds=1)

@@ -329,12 +329,13 @@ def test_no_two_outputs_of_a_task_share_items() -> None:
 
 def test_items_are_the_known_ones() -> None:
     assert CocoMini().content_hash() == (
-        "4c84ab75c7c4c32bb859282d00afd23705544d012ac11a4d78dcd8f1062ac1ff"
+        "4ce5291ee1d060384162cf086845266aa5543e934df85ee55219411ee5381858"
     )
     assert CocoMini(phrases="mixed").content_hash() == (
-        "f52c2ed8e40d1de6fcaaaec2fda3afdc89bd200c67df8d0e56c272ec11228701"
+        "aad538be8dacbc8de353d31e9ede2f61a46ceb5c10b0ead1ca8899810715e3fa"
     )
 
 
 def test_the_record_says_which_tool_was_used() -> None:
-    assert CocoMini().conditions()["coco_tool"].startswith("faster-coco-eval ")
+    assert CocoMini().conditions()["coco_tool"].startswith("hotcoco ")
+    assert CocoMini(tool="pycocotools").conditions()["coco_tool"].startswith("pycocotools ")
