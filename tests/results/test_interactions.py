@@ -16,7 +16,7 @@ import pytest
 from results import tables
 from results.ingest import ingest
 from results.records import CellRecord, CorpusRecord, MetricRecord, SampleRecord
-from results.report.content import Sources
+from results.report.content import Sources, slug
 from results.report.site import write
 from results.statistics import Estimate, interaction_verdict
 from results.store import Store
@@ -132,6 +132,12 @@ def test_the_report_shows_it_with_the_sql_that_gives_it(tmp_path: Path) -> None:
         assert f">{cell}</t" in text
     assert f'href="../experiments/{page.name}#c-' in text
     assert all(note in text for note in below.notes)
+    on_pages = {
+        page.stem
+        for page in (site / "methods").glob("*.html")
+        if "Two methods at once" in page.read_text(encoding="utf-8")
+    }
+    assert on_pages == {"kv", "draft", slug("kv+draft")}
 
 
 def test_a_report_without_stacks_says_nothing_of_them(tmp_path: Path) -> None:

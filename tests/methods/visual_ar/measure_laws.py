@@ -1,6 +1,7 @@
 """Print the two laws of relaxed decoding, acceptance by place and age, and what a window costs.
 
     python -m tests.methods.visual_ar.measure_laws MODEL IMAGES
+    python -m tests.methods.visual_ar.measure_laws text MODEL PASSAGES
 
 For each setting, over places of images of the model: how often a draft stands, what the exact rule
 would give, the excess, and how far the law of the token emitted is from the target's, computed over
@@ -11,7 +12,8 @@ For a few methods, over whole images: how many tokens a forward commits, and the
 drafts by their place behind the last token and, in windows of guesses, by the forwards that have
 redrawn them, each beside 1 - TV(p, q) of the same drafts.
 
-Before that, how flat the model's law is, t(W) / t(1) (what a forward over W tokens costs, in
+Before that, how flat the model's law is (for contrast, the second command prints the same of a
+language model on passages of bits-per-byte), t(W) / t(1) (what a forward over W tokens costs, in
 forwards over one), and what judging a window costs by the exact rule and by ranked clusters.
 """
 
@@ -21,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import islice
 
 import numpy as np
 import torch
@@ -43,6 +46,7 @@ from models.embedded.tiny_ar_image.model import guided
 from models.image_generation import TokenPipeline, draw_tokens, generate_images
 from models.loading import load
 from runner.conformance_base import PROFILE
+from tasks.bits_per_byte import BitsPerByte
 
 SAMPLING = ImageSampling(guidance_scale=1.5)
 WIDTHS = (1, 2, 4, 8, 16, 32, 59, 64)
@@ -132,14 +136,29 @@ def breakdown(model: AutoregressiveImageModel, method: Sjd | Gsd | Lantern, imag
             print(f"  by {kind}, accepted/exact (tests)  {' '.join(cells)}", flush=True)
 
 
-def flatness(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Print how flat p is: relaxed rules need tokens of like probability."""
-    best = torch.stack([p.topk(10).values for p, _ in pairs]).double()
+def flatness(laws_at: Tensor) -> None:
+    """Print how flat laws are, (places, tokens): relaxed rules need tokens of like probability."""
+    best = laws_at.double().topk(10).values
     top = best[:, 0]
+    entropy = torch.special.entr(laws_at.double()).sum(1)
     print(
-        f"top-1 mean {top.mean():.3f}, median {top.median():.3f}, below 0.05 at "
-        f"{(top < 0.05).double().mean():.0%} of places; top-10 mean {best.sum(1).mean():.3f}"
+        f"top-1 mean {top.mean():.3f}, median {top.median():.3f}, below 0.1 at "
+        f"{(top < 0.1).double().mean():.0%} of places, below 0.05 at "
+        f"{(top < 0.05).double().mean():.0%}; top-10 mean {best.sum(1).mean():.3f}; "
+        f"entropy mean {entropy.mean():.2f} nats",
+        flush=True,
     )
+
+
+def flatness_of_text(name: str, passages: int) -> None:
+    """Print how flat a language model's laws are behind each token of some passages."""
+    model = load(name, offline=True, capability="TextGenerator")
+    found = []
+    for item in islice(BitsPerByte().items(), passages):
+        ids = model.tokenizer.encode(item.fields["text"])
+        session = model.session(len(ids) + 1)
+        found.append(torch.softmax(session.prefill(ids).double(), dim=-1))
+    flatness(torch.cat(found))
 
 
 def judging_cost(pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -182,6 +201,9 @@ def window_cost(model: AutoregressiveImageModel) -> None:
 
 def main() -> None:
     """Measure and print."""
+    if sys.argv[1] == "text":
+        flatness_of_text(sys.argv[2], int(sys.argv[3]))
+        return
     model = load(sys.argv[1], offline=True, capability="ImageGenerator")
     assert isinstance(model, AutoregressiveImageModel)
     window_cost(model)
@@ -189,7 +211,7 @@ def main() -> None:
     for number in range(int(sys.argv[2])):
         for kind, found in laws(model, 7 * number % 20, number).items():
             pairs.setdefault(kind, []).extend(found)
-    flatness(pairs["window"])
+    flatness(torch.stack([p for p, _ in pairs["window"]]))
     judging_cost(pairs["window"])
     judged: Mapping[str, Callable[[], Rule]] = {
         **{
