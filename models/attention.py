@@ -320,6 +320,7 @@ class AttentionSession:
         rule: What its layers attend to.
         work: What attention has read and computed so far.
         prompt_rows: Rows of keys and values that were read by `prefill`.
+        prompt_flops: Operations of `prefill`.
         matrix_flops: Operations of everything else, as `TextModelFacts.flops` counts them.
         peak_kv_bytes: Most bytes of keys and values that the caches held at any time. Memory is
             reserved for `capacity` tokens from the start; that is not counted.
@@ -352,10 +353,16 @@ class AttentionSession:
         self.prompt_length = 0
         self.work = layers.work
         self.prompt_rows = 0
+        self.prompt_flops = 0.0
         self.matrix_flops = 0.0
         self.peak_kv_bytes = 0
         with torch.inference_mode():
             rule.begin(facts)
+
+    @property
+    def flops(self) -> float:
+        """Operations of attention and of everything else, so far."""
+        return self.matrix_flops + self.work.flops
 
     @torch.inference_mode()
     def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Tensor:
@@ -375,7 +382,7 @@ class AttentionSession:
 
     def _read(self, ids: list[int], *, all_logits: bool) -> Tensor:
         """Read a piece of a prompt; its logits as `prefill` returns them."""
-        read_before = self.work.rows
+        read_before, done_before = self.work.rows, self.flops
         observes = self.rule.observes
         dense = 0 if observes is None else max(len(ids) - observes, 0)
         logits: list[Tensor] = []
@@ -402,6 +409,7 @@ class AttentionSession:
             self._committed(piece, is_prompt=True)
             start = end
         self.prompt_rows += self.work.rows - read_before
+        self.prompt_flops += self.flops - done_before
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     @torch.inference_mode()
@@ -620,7 +628,7 @@ class AttentionLM(Wrapper):
             )
         facts, work = self.facts, session.work
         row_bytes = facts.head_dim * facts.kv_item_bytes
-        trace.flops = session.matrix_flops + work.flops
+        trace.flops, trace.prefill_flops = session.flops, session.prompt_flops
         trace.kv_bytes = work.rows * row_bytes
         trace.notes["decode_kv_bytes"] = (work.rows - session.prompt_rows) * row_bytes
         trace.notes["kept_tokens"] = session.kept_tokens

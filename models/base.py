@@ -72,6 +72,7 @@ class Trace:
             emitted nothing, not even its bonus token.
         draft_forwards: Forwards of a draft model.
         flops: Floating-point operations of all forwards; a multiply-add counts two.
+        prefill_flops: Those of `prefill`; None where nobody tells them apart.
         kv_bytes: Bytes of cached keys and values that the forwards read.
         marks: End of each phase, in seconds of `time.perf_counter`. Only the harness turns them
             into durations.
@@ -83,6 +84,7 @@ class Trace:
     accepted: list[int] = field(default_factory=list)
     draft_forwards: int = 0
     flops: float = 0.0
+    prefill_flops: float | None = None
     kv_bytes: int = 0
     marks: dict[str, float] = field(default_factory=dict)
     notes: dict[str, float | int | str] = field(default_factory=dict)

@@ -319,8 +319,9 @@ def count_work(trace: Trace, model: HasFacts, *, prompt_logits: bool = False) ->
         models.base.Unsupported: The model does not know what the text cost.
     """
     facts = model.facts
-    for forward in trace.prefill:
-        trace.flops += facts.flops(forward, None if prompt_logits else 1)
+    asked = None if prompt_logits else 1
+    trace.prefill_flops = sum(facts.flops(forward, asked) for forward in trace.prefill)
+    trace.flops += trace.prefill_flops
     for forward in trace.forwards:
         trace.flops += facts.flops(forward)
     trace.kv_bytes += sum(facts.kv_read(each) for each in (*trace.prefill, *trace.forwards))

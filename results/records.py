@@ -169,6 +169,7 @@ class SampleRecord:
         evidence_kept: Share of the evidence that the task marked in the prompt which the steps of
             decoding could attend to, in the mean over steps, layers and heads; None where nothing
             was marked or the model's own attention ran.
+        prefill_flops: Operations that read the prompt, of the target; None where nobody tells.
     """
 
     cell_id: str
@@ -195,6 +196,7 @@ class SampleRecord:
     output_ids: list[int]
     tokenized_seconds: float | None = None
     evidence_kept: float | None = None
+    prefill_flops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

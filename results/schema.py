@@ -6,7 +6,7 @@ from typing import Final
 
 # Raised whenever tables change or the same samples would give other numbers; older indexes are
 # then rebuilt from the shards.
-INDEX_VERSION: Final = 8
+INDEX_VERSION: Final = 9
 
 TABLES: Final[dict[str, dict[str, str]]] = {
     "index_info": {"version": "BIGINT"},
@@ -99,6 +99,7 @@ TABLES: Final[dict[str, dict[str, str]]] = {
         "bound_seconds": "DOUBLE",
         "tokenized_seconds": "DOUBLE",
         "evidence_kept": "DOUBLE",  # share of the marked evidence that decoding could attend to
+        "prefill_flops": "DOUBLE",  # those of `flops` that read the prompt
     },
     "scores": {
         "experiment_id": "VARCHAR",

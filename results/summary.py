@@ -30,6 +30,7 @@ _NUMBERS = (
     "forward_tokens",
     "accepted_tokens",
     "flops",
+    "prefill_flops",
     "peak_bytes",
     "energy_j",
     "bound_seconds",
@@ -505,7 +506,8 @@ def _speed_bound(
     projector included. Otherwise each side pays the baseline's prefill and its own forwards at
     lat(width, context), in the first repeat of every item, and nothing else. Where forwards are
     charged by their bytes, a byte takes what it took the baseline: beside a measured prefill, bytes
-    at the full bandwidth would weigh too little, and the ratio would bound nothing.
+    at the full bandwidth would weigh too little, and the ratio would bound nothing. There a prefill
+    that computes less or more than the baseline's is charged in that proportion.
     """
     if experiment.facts.get("bound_by") == "operations":
         return _ratio(_work(baseline, per_sample), _work(cell, per_sample))
@@ -520,12 +522,25 @@ def _speed_bound(
         pace = float(decode.sum() / reading) if reading else math.nan
     rates = []
     for side in (baseline, cell):
-        cost = shared + pace * side.numbers["bound_seconds"][:, 0]
+        cost = _prefill_cost(experiment, side, baseline, shared)
+        cost = cost + pace * side.numbers["bound_seconds"][:, 0]
         units = np.ones(len(cost)) if per_sample else side.numbers["output_tokens"][:, 0]
         if np.isnan(cost).any() or np.isnan(units).any() or not units.sum():
             return None
         rates.append(float(cost.sum() / units.sum()))
     return _ratio(rates[0], rates[1])
+
+
+def _prefill_cost(
+    experiment: ExperimentRecord, side: _Cell, baseline: _Cell, shared: Floats
+) -> Floats:
+    """Return the seconds that a side's prefill of each item is charged, of the baseline's own."""
+    if experiment.facts.get("bound_by") != "bytes":
+        return shared
+    done = [each.numbers["prefill_flops"][:, 0] for each in (side, baseline)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = done[0] / done[1]
+    return shared * np.where(np.isfinite(share), share, 1.0)
 
 
 class _Quality:

@@ -537,6 +537,7 @@ class _Worker:
             output=result.text,
             output_ids=ids,
             evidence_kept=None if kept is None else float(kept),
+            prefill_flops=trace.prefill_flops if is_told else None,
         )
 
     def _bound_seconds(self, trace: Trace) -> float | None:

@@ -231,6 +231,8 @@ def test_a_text_costs_what_the_baseline_costs(architecture: str, kernels: str) -
     ours = AttentionLM(model, Full).generate(PROMPT, decoding)
     assert ours.token_ids == plain.token_ids
     assert ours.trace.flops == pytest.approx(plain.trace.flops, rel=1e-12)
+    assert ours.trace.prefill_flops == pytest.approx(plain.trace.prefill_flops, rel=1e-12)
+    assert plain.trace.prefill_flops == model.facts.flops(Forward(len(PROMPT), 0), 1)
     assert ours.trace.kv_bytes == plain.trace.kv_bytes
     assert ours.trace.forwards == plain.trace.forwards
     steps = sum(model.facts.kv_read(forward) for forward in plain.trace.forwards)

@@ -440,11 +440,14 @@ def test_parquet_of_another_version_is_refused(tmp_path: Path) -> None:
         list(store.samples(ID))
 
 
-def test_a_column_that_came_later_is_empty_in_an_older_shard(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [["prefill_flops"], ["evidence_kept", "prefill_flops"]])
+def test_a_column_that_came_later_is_empty_in_an_older_shard(
+    tmp_path: Path, missing: list[str]
+) -> None:
     store = make_store(tmp_path)
     path = store.shard(ID) / "samples.parquet"
     before = list(store.samples(ID))
-    pq.write_table(pq.read_table(path).drop_columns(["evidence_kept"]), path)
+    pq.write_table(pq.read_table(path).drop_columns(missing), path)
     assert list(store.samples(ID)) == before
 
 

@@ -142,6 +142,34 @@ def test_bytes_are_charged_at_the_pace_that_the_baseline_read_them(tmp_path: Pat
     assert verdicts["fast"]["decode_bound"] == pytest.approx(3)
 
 
+def test_a_prefill_is_charged_by_its_operations_where_forwards_are_by_their_bytes(
+    tmp_path: Path,
+) -> None:
+    # Prefills of the baseline take 0.1 s each; the method computes a half of one, a fifth of two.
+    done = {"cell-plain": (4e9, 5e9), "cell-fast": (2e9, 1e9)}
+    samples = [
+        dataclasses.replace(
+            sample,
+            bound_seconds=0.1,
+            prefill_flops=done[sample.cell_id][int(sample.item_id.removeprefix("item-"))],
+        )
+        for sample in two_items()
+    ]
+    plain = 0.2 + 3.0
+    facts = {"bound_by": "bytes"}
+    verdicts, _ = summary_of(tmp_path / "a", samples, items=2, facts=facts)
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx(plain / (0.05 + 0.02 + 3.0))
+    assert verdicts["plain"]["speedup_bound"] == 1
+    untold = [dataclasses.replace(samples[0], prefill_flops=None), *samples[1:]]
+    verdicts, _ = summary_of(tmp_path / "b", untold, items=2, facts=facts)
+    first = samples[0]
+    assert (first.item_id, first.repeat) == ("item-0", 0)
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx(plain / (0.1 + 0.02 + 3.0))
+    # At lat(N) both sides pay the baseline's prefill: drafting changes none.
+    verdicts, _ = summary_of(tmp_path / "c", samples, items=2)
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx(1)
+
+
 def test_a_call_bound_by_its_operations_is_bounded_by_all_that_it_counts(tmp_path: Path) -> None:
     # Nothing is known about forwards and the prefill, and nothing is needed.
     silent = {"prefill_seconds": None, "bound_seconds": None}
