@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from runner.settings import choose
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from runner.execute import Outcome
     from runner.describe import Section
     from runner.registry import Kind, Registry
 
@@ -37,6 +39,7 @@ CTRL_C = 130  # what Typer makes of it outside a measurement; 1 in our contract
 # Threads that wait for one another spin for some 30 microseconds, not for milliseconds as by
 # default: where another process or the hypervisor takes a core, spinning slows a step tenfold.
 SPIN_COUNT = "1000"
+_SHOWN_FAILURES = 5
 PLAIN_WIDTH = 1000  # columns of a table that goes to a file or pipe: nothing is folded there
 
 app = typer.Typer(
@@ -754,14 +757,32 @@ def measure(request: Request) -> None:
             err=True,
         )
     elif outcome.failed:
-        typer.echo(
-            f"{outcome.failed} cells failed. Which: python run.py sql "
-            "\"SELECT cell_id, method, error FROM comparison WHERE status <> 'ok'\"; "
-            "their logs: python run.py show cell ID",
-            err=True,
-        )
+        typer.echo(_failures(index, outcome, request.store), err=True)
     if outcome.failed or outcome.interrupted:
         raise typer.Exit(1)
+
+
+def _failures(index: Path, outcome: Outcome, store: Path) -> str:
+    """Say which cells of a run failed, and what shows their logs."""
+    from results import tables
+
+    count = "1 cell" if outcome.failed == 1 else f"{outcome.failed} cells"
+    failed = [
+        row
+        for table in tables.comparison_tables(index, outcome.run_id)
+        for row in table.data
+        if row["status"] not in ("ok", "unsupported")
+    ]
+    where = "" if store == Request().store else f" --store {shlex.quote(str(store))}"
+    if not failed:
+        return f"{count} failed before anything was stored; the reasons stand above."
+    shown = [
+        f"  {row['spec'] or row['method']}: python run.py show cell {row['cell_id'][:12]}{where}"
+        for row in failed[:_SHOWN_FAILURES]
+    ]
+    more = len(failed) - len(shown)
+    rest = [f"  and {more} more: python run.py table{where}"] if more else []
+    return "\n".join([f"{count} failed. Their logs:", *shown, *rest])
 
 
 def count_work(specs: Sequence[str], is_update: bool) -> None:

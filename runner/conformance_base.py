@@ -20,6 +20,7 @@ from hardware.profile import Profile
 from methods.base import Method
 from methods.cards import CardError, load_card
 from models.base import Unsupported
+from runner.blame import in_a_line
 from runner.stacking import Stack
 
 # Largest weight of a matrix, as a multiple of 1/1024: large enough for decided logits.
@@ -52,7 +53,7 @@ def judge(name: str, check: Callable[[], str]) -> Check:
     except Broken as broken:
         return Check(name, False, str(broken))
     except Exception as error:  # noqa: BLE001  # a stranger's method may raise anything
-        return Check(name, False, f"raised {type(error).__name__}: {error}")
+        return Check(name, False, f"raised {in_a_line(error)}")
 
 
 class Battery:

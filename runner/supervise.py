@@ -88,7 +88,6 @@ def start_anew(spec: Path, events: int) -> Started:
         stderr=subprocess.STDOUT,
         pass_fds=(events,),
         start_new_session=True,
-        cwd=ROOT,
         env={**os.environ, TAG: tag},
     )
     return Started(process, tag)
@@ -132,7 +131,7 @@ class Supervisor:
         self._say(kind="experiment", total=spec.num_samples)
         folder = self.store.path / "specs"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{spec.experiment_id}.json"
+        path = (folder / f"{spec.experiment_id}.json").resolve()
         spec.write(path)
         try:
             # Each restart ends a cell, so there cannot be more of them than cells.
@@ -252,7 +251,9 @@ class Supervisor:
             item = f"in the middle of item {self.in_flight_item}"
             status, reason = "killed", f"the process {_death(exit_code)}, {item}"
         else:
-            status, reason = "failed", f"the worker {_death(exit_code)} while {self.phase}"
+            said = "".join(self.log).strip().rpartition("\n")[2].strip()
+            reason = f"the worker {_death(exit_code)} while {self.phase}"
+            status, reason = "failed", f"{reason}: {said}" if said else reason
         if self.in_flight:
             guilty = [cell for cell in self._unfinished() if cell.cell_id == self.in_flight]
             self._fail(guilty, status, reason)

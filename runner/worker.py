@@ -55,6 +55,7 @@ from results.records import (
 from results.store import Store
 from runner import audit
 from runner.audit import Evidence
+from runner.blame import in_a_line
 from runner.capabilities import CONVENTIONS, Conventions, taken_as
 from runner.certificate import (
     DISTRIBUTION_LEVEL,
@@ -947,9 +948,8 @@ def _bias(test: dict[str, float | int]) -> str:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    kind = type(error).__name__
     is_plain = isinstance(error, (Unsupported, InvalidOutput, Damage)) and text
-    return text if is_plain else f"{kind}: {text}"
+    return text if is_plain else in_a_line(error)
 
 
 def _ceiling_columns(profile: Profile) -> dict[str, Any]:

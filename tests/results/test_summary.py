@@ -142,29 +142,28 @@ def test_bytes_are_charged_at_the_pace_that_the_baseline_read_them(tmp_path: Pat
     assert verdicts["fast"]["decode_bound"] == pytest.approx(3)
 
 
-def test_a_prefill_is_charged_by_its_operations_where_forwards_are_by_their_bytes(
+def test_a_prefill_of_other_operations_is_charged_its_own_time_where_bytes_are(
     tmp_path: Path,
 ) -> None:
-    # Prefills of the baseline take 0.1 s each; the method computes a half of one, a fifth of two.
-    done = {"cell-plain": (4e9, 5e9), "cell-fast": (2e9, 1e9)}
+    # The method computes a half of one prompt, all of the other.
+    done = {"cell-plain": (4e9, 5e9), "cell-fast": (2e9, 5e9)}
     samples = [
         dataclasses.replace(
             sample,
             bound_seconds=0.1,
             prefill_flops=done[sample.cell_id][int(sample.item_id.removeprefix("item-"))],
+            prefill_seconds=0.03 if sample.cell_id == "cell-fast" else 0.1,
         )
         for sample in two_items()
     ]
-    plain = 0.2 + 3.0
     facts = {"bound_by": "bytes"}
+    plain = 0.1 + 0.1 + 3.0
     verdicts, _ = summary_of(tmp_path / "a", samples, items=2, facts=facts)
-    assert verdicts["fast"]["speedup_bound"] == pytest.approx(plain / (0.05 + 0.02 + 3.0))
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx(plain / (0.03 + 0.1 + 3.0))
     assert verdicts["plain"]["speedup_bound"] == 1
-    untold = [dataclasses.replace(samples[0], prefill_flops=None), *samples[1:]]
+    untold = [dataclasses.replace(each, prefill_flops=None) for each in samples]
     verdicts, _ = summary_of(tmp_path / "b", untold, items=2, facts=facts)
-    first = samples[0]
-    assert (first.item_id, first.repeat) == ("item-0", 0)
-    assert verdicts["fast"]["speedup_bound"] == pytest.approx(plain / (0.1 + 0.02 + 3.0))
+    assert verdicts["fast"]["speedup_bound"] == pytest.approx(1)
     # At lat(N) both sides pay the baseline's prefill: drafting changes none.
     verdicts, _ = summary_of(tmp_path / "c", samples, items=2)
     assert verdicts["fast"]["speedup_bound"] == pytest.approx(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ EXPECTED = {
     "autoregressive": ("ok", ""),
     "twin": ("ok", ""),
     "floods": ("ok", ""),
-    "raises": ("failed", "RuntimeError: the draft table is empty"),
+    "raises": ("failed", "RuntimeError: the draft table is empty (plugin.py:"),
     "hangs": ("timeout", "took longer than 6 s"),
     "returns-nan": ("invalid-output", "NaN"),
     "exits": ("killed", "ended with exit code 0, in the middle of item"),
@@ -31,7 +32,7 @@ EXPECTED = {
     "out-of-range": ("invalid-output", "4000 is no token"),
     "lies": ("failed", "differ from the baseline beyond a tie"),
     "declines": ("unsupported", "second head"),
-    "raises-in-apply": ("failed", "no layer of that name"),
+    "raises-in-apply": ("failed", "no layer of that name' (plugin.py:"),
     "raises-on-leaving": ("failed", "the hook is gone"),
     "raises-in-the-middle": ("failed", "IndexError: the tree has no such node"),
     "kills-itself": ("killed", "SIGKILL"),
@@ -148,7 +149,31 @@ def test_a_worker_that_cannot_begin_fails_every_cell(tmp_path: Path) -> None:
     events: list[Event] = []
     outcome = execute(plan, events.append)
     assert outcome.failed == 2
-    assert [event.status for event in events if event.kind == "cell"] == ["failed", "failed"]
+    cells = [event for event in events if event.kind == "cell"]
+    assert [cell.status for cell in cells] == ["failed", "failed"]
+    # Nothing is stored of it, so what it said last must stand here.
+    assert all(
+        re.fullmatch(r"the worker ended with exit code 1 while loading: .+", cell.detail)
+        for cell in cells
+    )
+
+
+def test_a_store_and_a_model_are_named_from_where_the_user_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    request = Request(
+        methods=("autoregressive",),
+        tasks=("parity:num_items=2",),
+        models=("path:model",),
+        store=Path("mine"),
+        plugins=(PLUGIN,),
+    )
+    events: list[Event] = []
+    outcome = execute(make_plan(request), events.append)
+    assert outcome.failed == 0, [event.detail for event in events]
+    assert Store(tmp_path / "mine").experiment_ids()
 
 
 def test_a_worker_that_uses_up_its_processor_time_has_timed_out(tmp_path: Path) -> None:
