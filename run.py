@@ -14,7 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit(
+        "tokenmark is not installed for this Python: source .venv/bin/activate, or make install"
+    )
 
 from results.text import plain
 from runner.request import Request, UsageError
@@ -23,8 +28,8 @@ from runner.settings import choose
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from runner.execute import Outcome
     from runner.describe import Section
+    from runner.execute import Outcome
     from runner.registry import Kind, Registry
 
 LISTS = {
@@ -47,6 +52,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
 )
 
 Suite = Annotated[str | None, typer.Option(help="Suite by name, or path of a .toml file.")]
@@ -553,6 +559,8 @@ def report(
     from results.store import Store as Results
     from runner.report import write_report
 
+    if store != Request.store and not store.is_dir():
+        raise UsageError(f"there is no folder {store}, so there is nothing to report.")
     with store_errors(1):
         try:
             written = write_report(registry(plugin), Results(store), out)
@@ -672,10 +680,14 @@ def new(
     from runner.scaffold import Scaffolded, scaffold
 
     chosen = cast("Scaffolded", choose("new", kind, ("method", "task")))
-    for path in scaffold(chosen, name, year=datetime.now(UTC).year):
-        typer.echo(f"written: {os.path.relpath(path)}")
+    paths = [os.path.relpath(path) for path in scaffold(chosen, name, year=datetime.now(UTC).year)]
+    for path in paths:
+        typer.echo(f"written: {path}")
     if chosen == "method":
         typer.echo(f"next: python run.py conformance {name}")
+    typer.echo(
+        f"its test: python -m pytest {paths[-1]} (needs pip install -e '.[dev]' -c constraints.txt)"
+    )
 
 
 @app.command()
@@ -752,8 +764,8 @@ def measure(request: Request) -> None:
     if outcome.interrupted:
         why = "The budget is spent" if outcome.out_of_time else "Stopped"
         typer.echo(
-            f"{why}. All that was measured is kept in {request.store}; the same command goes on "
-            "from there.",
+            f"{why}. All that was measured is kept in {request.store}, {made.num_kept} samples of "
+            "what was under way; the same command goes on from there.",
             err=True,
         )
     elif outcome.failed:
@@ -773,7 +785,7 @@ def _failures(index: Path, outcome: Outcome, store: Path) -> str:
         for row in table.data
         if row["status"] not in ("ok", "unsupported")
     ]
-    where = "" if store == Request().store else f" --store {shlex.quote(str(store))}"
+    where = "" if store == Request.store else f" --store {shlex.quote(str(store))}"
     if not failed:
         return f"{count} failed before anything was stored; the reasons stand above."
     shown = [

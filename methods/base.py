@@ -88,7 +88,7 @@ class Method(ABC, Generic[Capability]):
         return type(self)(**parameters)
 
 
-PaperKind = Literal["method", "survey"]
+PaperKind = Literal["method", "survey", "unpublished"]
 Bound = Literal["exact", "about", "up-to", "at-least", "at-most"]
 Confidence = Literal["certain", "uncertain"]
 Measure = Literal[
@@ -118,7 +118,8 @@ class Paper:
         code: Address of the authors' repository, empty if none was released or found.
         family: Kind of method, as in docs/catalogue.md.
         task: What it is measured on here first.
-        kind: `survey` for a paper whose claims are statements about methods of others.
+        kind: `survey` for a paper whose claims are statements about methods of others;
+            `unpublished` for an idea without paper and code to name.
     """
 
     title: str

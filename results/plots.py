@@ -160,8 +160,8 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotUnavailable(
-            "drawing needs matplotlib, which is not installed; `pip install 'tokenmark[plot]'` "
-            "brings it."
+            "drawing needs matplotlib, which is not installed; it comes with "
+            "`pip install -e '.[plot]' -c constraints.txt`."
         ) from error
     with mpl.rc_context(_STYLE):
         columns = max(len(panels) for _, panels in drawn)

@@ -363,6 +363,12 @@ class Store:
         """Return the samples as an Arrow table with the fields of `SampleRecord` as columns."""
         return self._table(experiment_id, SAMPLES)
 
+    def num_samples(self, experiment_id: str) -> int:
+        """Return how many samples there are, 0 of an experiment that was never begun."""
+        if not (self.shard(experiment_id) / "experiment.json").exists():
+            return 0
+        return len(self.sample_table(experiment_id))
+
     def score_table(self, experiment_id: str) -> pa.Table:
         """Return the scores as an Arrow table with the fields of `ScoreRecord` as columns."""
         return self._table(experiment_id, SCORES)

@@ -541,8 +541,8 @@ def _prefill_cost(
     """
     if experiment.facts.get("bound_by") != "bytes":
         return shared
-    done = [each.numbers["prefill_flops"][:, 0] for each in (side, baseline)]
-    is_same = np.isnan(done).any(axis=0) | np.isclose(*done, rtol=1e-6)
+    ours, theirs = (each.numbers["prefill_flops"][:, 0] for each in (side, baseline))
+    is_same = np.isnan(ours) | np.isnan(theirs) | np.isclose(ours, theirs, rtol=1e-6)
     own = np.nanmedian(side.numbers["prefill_seconds"], axis=1)
     return np.where(is_same, shared, own)
 

@@ -506,6 +506,12 @@ def _notes(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
         "speed-up that the method's own counts allow here.",
         f"Machine: {_machine(first)}.",
     ]
+    baselines = {row["experiment_id"] for row in rows if row["cell_id"] == row["baseline_cell_id"]}
+    if len({row["experiment_id"] for row in rows}) > len(baselines):
+        notes.append(
+            "Some methods were measured at another time: their ratios are to the baseline that ran "
+            "beside them, which is not the one shown."
+        )
     if any(row["quality_verdict"] == "NO LOSS" for row in rows):
         notes.append(
             "SAME: the difference lies within the margin of quality; NO LOSS: a loss beyond it is "

@@ -102,13 +102,19 @@ def _claims_of(method: Method[Any]) -> int:
     source = inspect.getfile(type(method))
     path = Path(source).with_suffix(".toml")
     if not path.is_file():
-        raise Broken(f"there is no {path.name} beside {Path(source).name}.")
+        raise Broken(
+            f"there is no {path.name} beside {Path(source).name}; docs/adding-a-method.md has one."
+        )
     try:
         card = load_card(path)
     except CardError as error:
         raise Broken(str(error)) from error
-    if method.role == "method" and not (card.paper.arxiv or card.paper.code):
-        raise Broken(f"{path.name} names neither a paper (arxiv) nor its code.")
+    paper = card.paper
+    if method.role == "method" and not (paper.arxiv or paper.code or paper.kind == "unpublished"):
+        raise Broken(
+            f"{path.name} names neither a paper (arxiv) nor its code; an idea of your own says "
+            'kind = "unpublished".'
+        )
     return len(card.claims)
 
 

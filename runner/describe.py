@@ -145,6 +145,11 @@ def _interactions(row: dict[str, Any]) -> list[dict[str, str]]:
 def _last_measured(index_path: Path, method: str, task: str) -> str:
     """Return the id of a method's cell on a task, in the experiment that was measured last.
 
+    Args:
+        index_path: The DuckDB index.
+        method: Its name, or its spec as the tables have it.
+        task: Its name.
+
     Raises:
         UsageError: There is none, or the experiment has the method with several settings.
         StoreError: There is no index.
@@ -153,15 +158,13 @@ def _last_measured(index_path: Path, method: str, task: str) -> str:
 
     with connect(index_path) as connection:
         rows = connection.execute(
-            "SELECT experiment_id, cell_id, params FROM comparison "
-            "WHERE method = $method AND task = $task ORDER BY created DESC, experiment_id DESC",
+            "SELECT experiment_id, cell_id, spec FROM comparison WHERE task = $task "
+            "AND (method = $method OR spec = $method) ORDER BY created DESC, experiment_id DESC",
             {"method": method, "task": task},
         ).fetchall()
-    last = [
-        (cell_id, params) for experiment_id, cell_id, params in rows if experiment_id == rows[0][0]
-    ]
+    last = [(cell_id, spec) for experiment_id, cell_id, spec in rows if experiment_id == rows[0][0]]
     if len(last) != 1:
-        listed = "; ".join(f"{each[:12]} ({params})" for each, params in last)
+        listed = "; ".join(f"{each[:12]} ({spec})" for each, spec in last)
         raise UsageError(
             f"{len(last)} cells of {method!r} on {task!r}: {listed}. Give one of the ids."
             if last

@@ -104,6 +104,17 @@ class Plan:
         return budget.estimate(self.experiments, self.known)
 
     @property
+    def num_kept(self) -> int:
+        """Samples that are there already of experiments that are not over."""
+        return sum(map(self._num_kept, self.experiments))
+
+    def _num_kept(self, spec: ExperimentSpec) -> int:
+        store = Store(self.request.store)
+        if store.is_sealed(spec.experiment_id):
+            return 0
+        return store.num_samples(spec.experiment_id)
+
+    @property
     def later_seconds(self) -> float:
         """Seconds that what does not fit into the budget would take, guesses included."""
         return sum(step.seconds for step in self.later)
@@ -123,18 +134,22 @@ class Plan:
 
     def describe(self) -> list[dict[str, str]]:
         """Return one row a cell: what happens to it, and why."""
-        rows = [
-            {
-                "method": cell.method,
-                "task": spec.task,
-                "model": spec.model,
-                "items": str(cell.num_items),
-                "repeats": str(spec.repeats),
-                "what": "baseline, measured with the others" if index == 0 else "measured",
-            }
-            for spec in self.experiments
-            for index, cell in enumerate(spec.cells)
-        ]
+        rows = []
+        for spec in self.experiments:
+            what = "baseline, measured with the others"
+            if count := self._num_kept(spec):
+                what += f"; {count} of their {spec.num_samples} samples are there"
+            rows += [
+                {
+                    "method": each.method,
+                    "task": spec.task,
+                    "model": spec.model,
+                    "items": str(each.num_items),
+                    "repeats": str(spec.repeats),
+                    "what": "measured" if place else what,
+                }
+                for place, each in enumerate(spec.cells)
+            ]
         rows += [
             {
                 "method": cell.method,

@@ -133,9 +133,19 @@ class Registry:
         if name not in entries:
             listing = "hardware" if kind == "hardware" else f"{kind}s"
             then = f"`python run.py list {listing}` shows all of them."
+            if kind in ENTRY_POINT_GROUPS:
+                then += self._of_plugins(kind)
             what = "hardware profile" if kind == "hardware" else kind
             raise unknown(what, name, entries, then)
         return entries[name]
+
+    def _of_plugins(self, kind: Kind) -> str:
+        """Say what the plug-ins bring, or how one is named."""
+        if not self.plugins:
+            return f" A {kind} of your own comes with --plugin FILE.py."
+        paths = set(map(str, self.plugins))
+        names = [name for name, each in self.entries(kind).items() if each.origin in paths]
+        return f" The plug-ins bring {', '.join(names) or f'no {kind}'}."
 
     def load_method(self, name: str) -> type[Method[Any]]:
         """Import one method.
@@ -243,8 +253,16 @@ class Registry:
                     else self._plugin_classes(path, Task)  # type: ignore[type-abstract]  # as above
                 )
                 for name, cls in classes:
-                    title = _first_line(inspect.getdoc(cls) or "")
-                    yield Entry(kind=kind, name=name, title=title, source=path, origin=str(path))
+                    card = path.with_suffix(".toml")
+                    yield Entry(
+                        kind=kind,
+                        name=name,
+                        title=_first_line(inspect.getdoc(cls) or ""),
+                        family=_family(cls),
+                        source=path,
+                        card=card if kind == "method" and card.is_file() else None,
+                        origin=str(path),
+                    )
 
     def _scan_methods(self) -> Iterator[Entry]:
         for folder in sorted((self.root / "methods").glob("*/")):
@@ -413,6 +431,12 @@ def _load_plugin(path: Path) -> ModuleType:
     return module
 
 
+def _family(cls: type) -> str:
+    """Return the family of the class that a stranger's method derives from; "" for none."""
+    modules = (base.__module__.split(".") for base in cls.__mro__)
+    return next((parts[1] for parts in modules if parts[0] == "methods" and parts[2:]), "")
+
+
 def _load_entry_point(point: EntryPoint, base: type[Thing]) -> type[Thing]:
     package = point.dist.name if point.dist else point.value
     try:
@@ -437,6 +461,6 @@ def _missing_package(what: str, error: ModuleNotFoundError, root: Path) -> Excep
         if missing in names:
             return UsageError(
                 f"{what} needs the extra {extra!r}, which is not installed: "
-                f"pip install -e '.[{extra}]'"
+                f"pip install -e '.[{extra}]' -c constraints.txt"
             )
     return error

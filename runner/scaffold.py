@@ -22,9 +22,8 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _CARD = """\
 [paper]
 title = "{title}: the title of the paper"
-arxiv = ""
+kind = "unpublished"  # until there is an arxiv id or the address of the code to name
 year = {year}
-code = ""
 family = "{family}"
 task = "HumanEval"
 

@@ -36,7 +36,7 @@ _BRACKETS = {"[": "]", "(": ")"}
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return the word most like `word`, or `` if none is; case, `-` and `_` do not matter."""
     plain = {_plain(candidate): candidate for candidate in words}
-    found = get_close_matches(_plain(word), plain, n=1, cutoff=0.5)
+    found = get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
     return plain[found[0]] if found else ""
 
 
@@ -125,6 +125,8 @@ def parse_spec(text: str) -> Spec:
         missing = not name.strip() or (bool(colon) and not listed.strip())
     if missing:
         raise UsageError(f"{text!r} is no spec: write name or name:key=value,key=value.")
+    if "," in name and not prefix:
+        raise UsageError(f"{text!r} is no spec: several are several options, one for each name.")
     params: dict[str, str] = {}
     for place, pair in enumerate(_split(listed, text)):
         key, equals, value = (part.strip() for part in pair.partition("="))

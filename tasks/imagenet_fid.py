@@ -139,7 +139,7 @@ class ImagenetFid(ImageTask):
         if importlib.util.find_spec("torch_fidelity") is None:
             raise Unsupported(
                 "task 'imagenet-fid' needs the extra 'image', which is not installed: "
-                "pip install -e '.[image]'"
+                "pip install -e '.[image]' -c constraints.txt"
             )
         for name in (STATISTICS, WEIGHTS):
             if not (self._folder / name).is_file():

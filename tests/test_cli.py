@@ -67,6 +67,20 @@ def test_looking_around_imports_nothing_heavy(command):
     assert done.returncode == 0, done.stderr
 
 
+def test_an_interpreter_without_the_installation_is_told_what_to_do():
+    command = [sys.executable, "-S", "run.py", "list", "methods"]  # no site-packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("tokenmark is not installed for this Python: source .venv")
+
+
+def test_a_report_of_a_store_that_is_not_there_is_refused(tmp_path, capsys):
+    store, out = str(tmp_path / "nowhere"), str(tmp_path / "page")
+    assert run.main(["report", "--store", store, "--out", out]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
+
+
 def test_listing_methods_takes_little_time():
     seconds = []
     for _ in range(3):
@@ -341,6 +355,7 @@ def runs(monkeypatch, tmp_path):
         return SimpleNamespace(
             cells=seen.cells,
             skipped=skipped,
+            num_kept=35,
             outlook=lambda: "about 2 min 05 s",
             describe=lambda: [{"method": "m", "what": "measured"}],
         )
@@ -352,6 +367,12 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setattr(runner.execute, "execute", execute)
     monkeypatch.setattr(runner.indexing, "update_index", lambda store, registry: store / "index")
     monkeypatch.setattr(results.tables, "terminal", lambda index, run_id: f"the table of {run_id}")
+    cells = [
+        {"status": status, "spec": f"fast:size={size}", "cell_id": f"{size}" * 24}
+        for size, status in enumerate(["ok", "failed", "unsupported", "timeout"])
+    ]
+    seen.tables = [SimpleNamespace(data=cells)]
+    monkeypatch.setattr(results.tables, "comparison_tables", lambda index, run_id: seen.tables)
     return seen
 
 
@@ -396,7 +417,16 @@ def test_a_failed_cell_ends_with_1_after_the_tables(runs, capsys):
     assert run.main(["run"]) == 1
     shown = capsys.readouterr()
     assert "the table of r" in shown.out
-    assert shown.err.startswith("2 cells failed")
+    assert shown.err == (
+        "2 cells failed. Their logs:\n"
+        "  fast:size=1: python run.py show cell 111111111111\n"
+        "  fast:size=3: python run.py show cell 333333333333\n"
+    )
+    assert run.main(["run", "--store", "else where"]) == 1
+    assert "show cell 111111111111 --store 'else where'" in capsys.readouterr().err
+    runs.tables = []
+    assert run.main(["run"]) == 1
+    assert "before anything was stored; the reasons stand above" in capsys.readouterr().err
 
 
 def test_a_stopped_run_ends_with_1_and_says_how_to_go_on(runs, capsys):
@@ -404,7 +434,7 @@ def test_a_stopped_run_ends_with_1_and_says_how_to_go_on(runs, capsys):
     assert run.main(["run"]) == 1
     shown = capsys.readouterr()
     assert "the table of r" in shown.out
-    assert "the same command goes on from there" in shown.err
+    assert "35 samples of what was under way; the same command goes on from there" in shown.err
 
 
 def test_a_run_out_of_time_ends_with_1_and_says_so(runs, capsys):

@@ -197,7 +197,7 @@ def test_the_tutorial_leads_to_a_leaderboard_with_ones_own_method(tmp_path, monk
         for line in block.splitlines()
     ]
     ours = [command[2:] for command in commands if command[:2] == ["python", "run.py"]]
-    assert {command[0] for command in commands} == {"git", "make", "source", "python"}
+    assert {command[0] for command in commands} == {"git", "make", "source", "pip", "python"}
     assert [command[0] for command in ours].count("run") == 2
     printed = {}
     with forked_workers():

@@ -220,7 +220,8 @@ def _plotly() -> dict[str, Path]:
     )
     if library is None or not library.is_file():
         raise ReportError(
-            "the charts need plotly, which is not installed: pip install -e '.[report]'"
+            "the charts need plotly, which is not installed: "
+            "pip install -e '.[report]' -c constraints.txt"
         )
     licences = [
         Path(str(file.locate()))

@@ -122,7 +122,7 @@ class RayCluster:
         except ImportError as error:
             raise UsageError(
                 "--executor ray needs the extra 'cluster', which is not installed: "
-                "pip install -e '.[cluster]'"
+                "pip install -e '.[cluster]' -c constraints.txt"
             ) from error
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS", "auto")

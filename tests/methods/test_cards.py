@@ -364,7 +364,8 @@ SECOND = "[[claim]] 2 (id 'A-2'): "
         (
             'task = "HumanEval"',
             'kind = "serve"',
-            PAPER + "kind must be one of method, survey, got 'serve'. Did you mean 'survey'?",
+            PAPER + "kind must be one of method, survey, unpublished, got 'serve'. "
+            "Did you mean 'survey'?",
         ),
         (
             'bound = "up-to"\n',
@@ -458,7 +459,7 @@ PAPERS = st.builds(
     code=st.just("") | TEXT.map("https://".__add__),
     family=TEXT,
     task=TEXT,
-    kind=st.sampled_from(["method", "survey"]),
+    kind=st.sampled_from(["method", "survey", "unpublished"]),
 )
 
 

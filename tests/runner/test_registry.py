@@ -206,6 +206,33 @@ def test_a_plugin_may_define_several_methods(tmp_path):
         assert cls is registry.load_method(each.name)
 
 
+def test_a_name_that_is_not_there_says_what_plugins_bring_or_that_they_exist(tmp_path):
+    with pytest.raises(UsageError, match=r"your own comes with --plugin FILE\.py\.$") as error:
+        Registry().find("method", "my-idea-of-it")
+    assert "Did you mean" not in str(error.value)  # nothing is near
+    with pytest.raises(UsageError, match="The plug-ins bring hf-like, my-own-name, slow"):
+        Registry(plugins=(write_plugin(tmp_path),)).find("method", "quick")
+    with pytest.raises(UsageError, match="The plug-ins bring no task"):
+        Registry(plugins=(write_plugin(tmp_path),)).find("task", "quick")
+    with pytest.raises(UsageError) as error:
+        Registry().find("model", "quick")
+    assert "plug" not in str(error.value)
+
+
+def test_a_card_beside_a_plugin_is_its_methods_and_its_class_tells_the_family(tmp_path):
+    path = write_plugin(tmp_path)
+    drafting = (
+        "from methods.decoding.prompt_lookup import PromptLookup\nclass Mine(PromptLookup): ..."
+    )
+    other = write_plugin(tmp_path, drafting, "mine.py")
+    other.with_suffix(".toml").write_text('[paper]\ntitle = "Mine"\nkind = "unpublished"\n')
+    registry = Registry(plugins=(path, other))
+    assert registry.card("mine").paper.title == "Mine"
+    assert registry.find("method", "mine").family == "decoding"
+    assert registry.card("slow") is None
+    assert registry.find("method", "slow").family == ""
+
+
 def test_two_plugins_may_share_a_file_name(tmp_path):
     (tmp_path / "other").mkdir()
     one = write_plugin(tmp_path)
@@ -266,7 +293,8 @@ def test_a_missing_package_names_the_extra_to_install():
     error = ModuleNotFoundError("No module named 'ray'", name="ray.data")
     found = module._missing_package("task 'sts'", error, ROOT)
     assert str(found) == (
-        "task 'sts' needs the extra 'cluster', which is not installed: pip install -e '.[cluster]'"
+        "task 'sts' needs the extra 'cluster', which is not installed: "
+        "pip install -e '.[cluster]' -c constraints.txt"
     )
     ours = ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
     assert module._missing_package("task 'sts'", ours, ROOT) is ours

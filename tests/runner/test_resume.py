@@ -182,12 +182,18 @@ def test_the_same_request_takes_up_what_was_interrupted(tmp_path: Path) -> None:
     [experiment_id] = store.experiment_ids()
     kept = [(s.cell_id, s.item_id, s.seconds) for s in store.samples(experiment_id)]
     assert len(kept) >= 3
+    rest = make_plan(request)
+    assert rest.num_kept == len(kept)
+    what = [row["what"] for row in rest.describe()]
+    assert what[0].endswith(f"; {len(kept)} of their 8 samples are there")
+    assert what[1] == "measured"
     second = execute(make_plan(request), lambda event: None)
     assert not second.interrupted
     assert second.failed == 0
     again = [(s.cell_id, s.item_id, s.seconds) for s in store.samples(experiment_id)]
     assert again[: len(kept)] == kept
     assert len(again) == 2 * 4
+    assert make_plan(request).num_kept == 0
 
 
 @pytest.mark.timeout(300)

@@ -98,6 +98,7 @@ def test_commas_inside_brackets_and_quotes_do_not_split():
         ("path:x:a=1,tree_nodes", "sets nothing"),
         ("name:a=1,,b=2", "sets nothing"),
         ("name:=1", "sets nothing"),
+        ("one,two", "several are several options, one for each name"),
         ("name:a=1,a=2", "'a' comes twice"),
         ("name:a=[1,2", "a bracket stays open"),
         ("name:a=1]", "closes nothing"),

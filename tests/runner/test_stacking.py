@@ -364,5 +364,7 @@ def test_a_measured_stack_is_shown_like_any_cell(asked: Request):
     assert next(iter(found)) == "interaction of speed-up"
     assert found["interaction of quality"]["verdict"] == "SAME"
     assert {row["items"] for row in beside.rows} == {"6"}
+    by_spec = describe_cell(index, f"{BOTH}@parity")
+    assert [each.title for each in by_spec] == [facts.title, *(each.title for each in others)]
     sections = describe_cell(index, f"{LOOKUP}@parity")
     assert "Beside its parts alone" not in [each.title for each in sections]
