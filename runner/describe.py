@@ -208,7 +208,7 @@ def _method(registry: Registry, name: str, imports: bool) -> list[Section]:
         "family": entry.family,
         "status": entry.status,
         "file": _place(entry, registry),
-        "card": str(entry.card.relative_to(registry.root)) if entry.card else "",
+        "card": registry.relative(entry.card) if entry.card else "",
     }
     sections = []
     if imports and entry.status == "ready":
@@ -311,6 +311,4 @@ def _plain(value: object) -> str:
 def _place(entry: Entry, registry: Registry) -> str:
     if entry.source is None:
         return "" if entry.status == "planned" else f"package {entry.origin}"
-    if entry.source.is_relative_to(registry.root):
-        return str(entry.source.relative_to(registry.root))
-    return str(entry.source)
+    return registry.relative(entry.source)

@@ -186,7 +186,7 @@ class Registry:
             {
                 "method": name,
                 "implementation": entry.status,
-                "card": self._relative(cast(Path, entry.card)),
+                "card": self.relative(cast(Path, entry.card)),
                 **asdict(claim),
             }
             for name, entry in self.entries("method").items()
@@ -194,7 +194,8 @@ class Registry:
             for claim in card.claims
         ]
 
-    def _relative(self, path: Path) -> str:
+    def relative(self, path: Path) -> str:
+        """Return a path as it is called: from the root where it lies below that."""
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
     def _load(self, kind: Kind, name: str, base: type[Thing]) -> type[Thing]:
@@ -202,7 +203,7 @@ class Registry:
             return cast(type[Thing], self._loaded[kind, name])
         entry = self.find(kind, name)
         if entry.status == "planned":
-            card = self._relative(cast(Path, entry.card))
+            card = self.relative(cast(Path, entry.card))
             raise UsageError(f"method {name!r} is planned and has no code yet; its card is {card}.")
         if entry.source is None:
             cls = _load_entry_point(self._entry_points[kind][name], base)
@@ -224,7 +225,7 @@ class Registry:
         if len(classes) != 1:
             names = ", ".join(cls.__name__ for cls in classes) or "none"
             raise UsageError(
-                f"{self._relative(cast(Path, entry.source))} must define exactly one "
+                f"{self.relative(cast(Path, entry.source))} must define exactly one "
                 f"{base.__name__}, found {names}. Shared code belongs into a common*.py."
             )
         return classes[0]

@@ -124,7 +124,7 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
     requests = []
     monkeypatch.setattr(run, "measure", requests.append)
     monkeypatch.setattr(run, "count_work", lambda methods, update: None)
-    monkeypatch.setattr(scaffold, "scaffold", lambda kind, name, year: [])
+    monkeypatch.setattr(scaffold, "scaffold", lambda kind, name, year: [Path("test_it.py")])
 
     def answering(**wanted):
         raise UsageError(f"{wanted['method']} is asked")

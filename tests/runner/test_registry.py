@@ -8,6 +8,7 @@ import pytest
 
 from methods.base import Method
 from runner import registry as module
+from runner.describe import describe
 from runner.registry import KINDS, ROOT, Registry
 from runner.request import UsageError
 from runner.settings import name_of
@@ -229,6 +230,8 @@ def test_a_card_beside_a_plugin_is_its_methods_and_its_class_tells_the_family(tm
     registry = Registry(plugins=(path, other))
     assert registry.card("mine").paper.title == "Mine"
     assert registry.find("method", "mine").family == "decoding"
+    facts = {row["key"]: row["value"] for row in describe(registry, "method", "mine")[0].rows}
+    assert facts["card"] == str(other.with_suffix(".toml"))
     assert registry.card("slow") is None
     assert registry.find("method", "slow").family == ""
 
