@@ -147,5 +147,5 @@ def test_without_the_library_it_is_said_how_to_get_it(
 ) -> None:
     index = curves(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(plots.PlotUnavailable, match=r"tokenmark\[plot\]"):
+    with pytest.raises(plots.PlotUnavailable, match=r"pip install -e .\.\[plot\]"):
         plots.draw(index, tmp_path / "curve.svg")

@@ -462,6 +462,7 @@ def test_the_command_follows_the_contract_of_exit_codes(
     assert "Token Recycling" in (out / "methods" / "token-recycling.html").read_text()
     # What follows never gets as far as the papers.
     monkeypatch.setattr("runner.report.settle_claims", lambda registry, index_path: [])
+    (tmp_path / "none").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "methods.html").write_text("mine")
     assert report("--store", tmp_path / "none", "--out", tmp_path / "full") == 2
