@@ -534,17 +534,26 @@ def _speed_bound(
 def _prefill_cost(
     experiment: ExperimentRecord, side: _Cell, baseline: _Cell, shared: Floats
 ) -> Floats:
-    """Return the seconds that a side's prefill of each item is charged.
+    """Return the seconds that a side's prefill of each item is charged; NaN where unknown.
 
     Those of the baseline's, so that its noise is on both sides; but an operation of attention does
     not take what one of a matrix takes, so no count says what other operations would have taken.
+
+    Args:
+        experiment: Says how forwards are charged.
+        side: The baseline or a cell.
+        baseline: Measured on the same items.
+        shared: Seconds of the baseline's prefill, (items,).
     """
     if experiment.facts.get("bound_by") != "bytes":
         return shared
     ours, theirs = (each.numbers["prefill_flops"][:, 0] for each in (side, baseline))
-    is_same = np.isnan(ours) | np.isnan(theirs) | np.isclose(ours, theirs, rtol=1e-6)
-    own = np.nanmedian(side.numbers["prefill_seconds"], axis=1)
-    return np.where(is_same, shared, own)
+    is_other = ~(np.isnan(ours) | np.isnan(theirs) | np.isclose(ours, theirs, rtol=1e-6))
+    own = side.numbers["prefill_seconds"]
+    is_known = ~np.isnan(own).all(axis=1)
+    charged = np.where(is_other, np.nan, shared)
+    charged[is_other & is_known] = np.nanmedian(own[is_other & is_known], axis=1)
+    return charged
 
 
 class _Quality:

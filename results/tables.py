@@ -99,7 +99,7 @@ def comparison_tables(
         run_id = run_id_of(connection, run)
         rows = rows_of(connection.execute(_QUERY, {"run": run_id}))
         general = _run_notes(connection, run_id)
-        interactions = rows_of(connection.execute("SELECT * FROM interactions"))
+        interactions = interactions_of(connection)
     known = sorted({row["task"] for row in rows})
     for task in tasks:
         if task not in known:
@@ -113,8 +113,7 @@ def comparison_tables(
     for row in rows:
         if not tasks or row["task"] in tasks:
             groups.setdefault(tuple(row[name] for name in _SAME), []).append(row)
-    found = {(row["experiment_id"], row["cell_id"]): row for row in interactions}
-    tables = [_table(group, found) for group in groups.values()]
+    tables = [_table(group, interactions) for group in groups.values()]
     if general and tables:
         tables[-1] = _with_notes(tables[-1], general)
     return tables
@@ -243,6 +242,21 @@ def rows_of(cursor: duckdb.DuckDBPyConnection) -> list[Row]:
     return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
 
 
+def interactions_of(connection: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], Row]:
+    """Return what became of the gains of stacks' parts, by experiment and cell of the stack.
+
+    Rows are those of the table `interactions`, with the view's `baseline_cell_id` and
+    `quality_unit`.
+    """
+    rows = rows_of(
+        connection.execute(
+            "SELECT i.*, c.baseline_cell_id, c.quality_unit "
+            "FROM interactions i JOIN comparison c USING (experiment_id, cell_id)"
+        )
+    )
+    return {(row["experiment_id"], row["cell_id"]): row for row in rows}
+
+
 _NOTHING = "No results."
 
 
@@ -365,7 +379,7 @@ def _below(
     for label, row in zip(labels, rows, strict=True):
         own = interactions.get((row["experiment_id"], row["cell_id"]))
         if own is not None and own["items"]:
-            found.append({**own, "quality_unit": row["quality_unit"]})
+            found.append(own)
             named.append(label)
     if not found:
         return

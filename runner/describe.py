@@ -62,7 +62,7 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
         UsageError: No cell begins so, or several do.
         StoreError: There is no index.
     """
-    from results.tables import connect, rows_of
+    from results.tables import connect, interactions_of, rows_of
     from runner import why
 
     if "@" in cell_id:
@@ -86,13 +86,7 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
                 {"id": cell_id, "experiment": rows[0]["experiment_id"] if rows else ""},
             )
         )
-        interactions = rows_of(
-            connection.execute(
-                "SELECT * FROM interactions WHERE starts_with(cell_id, $id) "
-                "AND experiment_id = $experiment",
-                {"id": cell_id, "experiment": rows[0]["experiment_id"] if rows else ""},
-            )
-        )
+        interactions = interactions_of(connection)
     cells = {row["cell_id"]: row["method"] for row in reversed(rows)}
     if len(cells) != 1:
         listed = ", ".join(f"{each[:12]} ({method})" for each, method in list(cells.items())[:5])
@@ -109,9 +103,8 @@ def describe_cell(index_path: Path, cell_id: str) -> list[Section]:
     log = cell.pop("log_tail")
     sections = [_facts("", cell)]
     sections += why.sections(index_path, cell["experiment_id"], cell["cell_id"])
-    for row in interactions:
-        numbers = _interactions({**row, "quality_unit": cell["quality_unit"]})
-        sections.append(Section("Beside its parts alone", numbers))
+    if both := interactions.get((cell["experiment_id"], cell["cell_id"])):
+        sections.append(Section("Beside its parts alone", _interactions(both)))
     sections += [_facts(title, facts) for title, facts in parts.items() if facts]
     if divergences:
         sections.append(Section("Divergences", [_row(each) for each in divergences]))

@@ -210,7 +210,7 @@ def evaluate(
         },
         precision=np.asarray(evaluator.eval["precision"]),
         recall=np.asarray(evaluator.eval["recall"]),
-        read_matches=lambda: _matches(evaluator.evalImgs, limits, len(categories)),
+        read_matches=lambda: _matches(by, evaluator.evalImgs, limits, len(categories)),
         most=tuple(settings.maxDets),
     )
 
@@ -298,15 +298,21 @@ def _sigmas(categories: Sequence[Category]) -> tuple[float, ...]:
 
 
 def _matches(
-    images: Sequence[Any], areas: Sequence[Sequence[float]], num_categories: int
+    by: str, images: Sequence[Any], areas: Sequence[Sequence[float]], num_categories: int
 ) -> list[list[list[Match]]]:
     """Return what a tool has matched, by category and area.
 
     Args:
-        images: `evalImgs` of the tool, by category, area and image; None where there is nothing.
+        by: The tool.
+        images: Its `evalImgs`, by category, area and image; None where there is nothing.
         areas: Limits of sizes.
         num_categories: Of the data.
+
+    Raises:
+        Unsupported: The tool tells none.
     """
+    if by == "faster-coco-eval":
+        raise Unsupported(f"{by} does not tell its matches: ask {' or '.join(TOOLS)}.")
     places = {tuple(map(float, limits)): place for place, limits in enumerate(areas)}
     found: list[list[list[Match]]] = [[[] for _ in areas] for _ in range(num_categories)]
     for each in images:

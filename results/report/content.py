@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from results.claim_report import PaperReport
-from results.tables import Row, Table, comparison_tables, connect, rows_of
+from results.tables import Row, Table, comparison_tables, connect, interactions_of, rows_of
 
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 # Names of devices, which Windows takes for themselves whatever their suffix.
@@ -119,10 +119,7 @@ def read(index_path: Path) -> Content:
         )
         metrics = rows("SELECT * FROM metrics ORDER BY is_headline DESC, metric")
         scorers = rows("SELECT * FROM scorer_metrics ORDER BY metric, scorer")
-        interactions = rows(
-            "SELECT i.*, c.baseline_cell_id, c.quality_unit "
-            "FROM interactions i JOIN comparison c USING (experiment_id, cell_id)"
-        )
+        interactions = interactions_of(connection)
         runs = rows("SELECT * FROM runs ORDER BY started DESC, run_id DESC")
         planned = connection.execute(
             "SELECT run_id, experiment_id, cell_id FROM run_cells ORDER BY run_id, place"
@@ -136,7 +133,7 @@ def read(index_path: Path) -> Content:
         cells={(row["experiment_id"], row["cell_id"]): row for row in cells},
         metrics=_by_cell(metrics),
         scorers=_by_cell(scorers),
-        interactions={(row["experiment_id"], row["cell_id"]): row for row in interactions},
+        interactions=interactions,
         runs=runs,
         run_cells=run_cells,
     )

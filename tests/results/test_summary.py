@@ -164,6 +164,12 @@ def test_a_prefill_of_other_operations_is_charged_its_own_time_where_bytes_are(
     untold = [dataclasses.replace(each, prefill_flops=None) for each in samples]
     verdicts, _ = summary_of(tmp_path / "b", untold, items=2, facts=facts)
     assert verdicts["fast"]["speedup_bound"] == pytest.approx(1)
+    silent = [
+        dataclasses.replace(each, prefill_seconds=None) if each.cell_id == "cell-fast" else each
+        for each in samples
+    ]
+    verdicts, _ = summary_of(tmp_path / "d", silent, items=2, facts=facts)
+    assert verdicts["fast"]["speedup_bound"] is None  # nobody knows what its first prompt took
     # At lat(N) both sides pay the baseline's prefill: drafting changes none.
     verdicts, _ = summary_of(tmp_path / "c", samples, items=2)
     assert verdicts["fast"]["speedup_bound"] == pytest.approx(1)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.base import Unsupported
 from tasks import coco_scorers as rules
 from tasks.coco_data import PERSON_SIGMAS, RESULT_KINDS, Annotation, Category, ImageRecord
 from tests.tasks.coco_material import SIGMAS, Material, material
@@ -101,6 +102,12 @@ def test_a_perfect_detection_of_a_truth_with_id_0_counts(by: rules.Tool) -> None
     stats = rules.evaluate(*one_box(), "bbox", by=by).stats
     assert [stats[name] for name in ("AP", "AR1", "APs")] == pytest.approx([1.0] * 3)
     assert math.isnan(stats["APl"])
+
+
+def test_a_tool_that_tells_no_matches_is_not_taken_for_one_without_any() -> None:
+    found = rules.evaluate(*one_box(), "bbox", by="faster-coco-eval")
+    with pytest.raises(Unsupported, match="ask hotcoco or pycocotools"):
+        _ = found.matches
 
 
 @pytest.mark.parametrize("by", rules.TOOLS)
