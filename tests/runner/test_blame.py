@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from methods.checks import require_count
 from runner.blame import in_a_line
 
@@ -19,13 +21,10 @@ def wrong():
 
 
 def raised(call: Callable[[], object]) -> Exception:
-    try:
+    """Return what a call raises, without the frame of this file: that would be a stranger's."""
+    with pytest.raises(ValueError, match=".") as caught:
         call()
-    except ValueError as error:
-        # Without the frame of this file, which would be taken for a stranger's.
-        assert error.__traceback__ is not None
-        return error.with_traceback(error.__traceback__.tb_next)
-    raise AssertionError("nothing was raised")
+    return caught.value.with_traceback(caught.tb.tb_next)
 
 
 def test_the_last_line_of_a_plugin_is_named_also_where_our_code_raised(tmp_path: Path) -> None:
