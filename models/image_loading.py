@@ -188,7 +188,7 @@ def convert_llamagen(
     """
     from safetensors.torch import save_file
 
-    states = {"model": _read_pickle(decoder), "tokenizer": _read_pickle(tokenizer)}
+    states = {"model": read_pickled_weights(decoder), "tokenizer": read_pickled_weights(tokenizer)}
     states["tokenizer"].pop(_COUNTER, None)
     decoder_sizes = decoder_config(states["model"], heads=heads, grid=grid)
     tokenizer_sizes = tokenizer_config(states["tokenizer"], groups=groups)
@@ -211,7 +211,7 @@ def convert_llamagen(
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickled_weights(path: Path) -> dict[str, Tensor]:
     """Return the weights of a pickled file, of which nothing but tensors and numbers is read."""
     # Some released files keep the arguments of the training beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):

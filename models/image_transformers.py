@@ -1,15 +1,15 @@
-"""Image generators of transformers: Janus and Emu3, behind the same sessions as LlamaGen's.
+"""Image generators of transformers: Janus, Emu3, Chameleon, behind the same sessions as LlamaGen's.
 
-Both are language models that draw image tokens after a caption. Captions of a batch have different
+All are language models that draw image tokens after a caption. Captions of a batch have different
 lengths, so prompts are padded on the left; padding is hidden and not counted as a position.
 
 | model | image tokens | without a condition | row ends |
 |---|---|---|---|
 | Janus | own embedding and head | padding between begin-of-text and begin-of-image | - |
 | Emu3 | part of the vocabulary | the empty caption | a token behind each row of codes |
+| Anole, Lumina-mGPT | part of the vocabulary | see `models/image_chameleon.py` | Lumina-mGPT's |
 
-Chameleon is refused: its class in transformers masks image tokens out of its logits, and its
-tokenizer has no decoder. Emu3's tokens behind the last row (end of frame, end of image) are always
+Emu3's tokens behind the last row (end of frame, end of image) are always
 the same; they are neither drawn nor counted.
 
 Source: transformers 5.23, `modeling_janus.py`, `modeling_emu3.py`, `processing_emu3.py`, whose own
@@ -54,10 +54,6 @@ if TYPE_CHECKING:
     from models.base import AutoregressiveImageModel
     from models.loading import LoadSettings
 
-_NO_WAY_BACK = (
-    "transformers' Chameleon cannot make images: it masks image tokens out of its logits, and has "
-    "no way back from its codes to pixels. Janus and Emu3 can."
-)
 # Emu3's own default, 720 x 720 pixels in patches of 8.
 _EMU3_GRID = (90, 90)
 
@@ -335,6 +331,24 @@ class JanusImages(CaptionedImages):
         return found
 
 
+class OnlyCodes:
+    """Codes everywhere, words nowhere."""
+
+    def __init__(self, codes: Tensor, vocab_size: int) -> None:
+        """Lay the mask out.
+
+        Args:
+            codes: Ids of the tokens that are codes.
+            vocab_size: Number of ids.
+        """
+        self._mask = torch.ones(vocab_size, dtype=torch.bool)
+        self._mask[codes] = False
+
+    def forbidden(self, places: Tensor) -> Tensor:
+        """See `models.base.PositionConstraints.forbidden`."""
+        return self._mask.to(places.device).expand(len(places), -1)
+
+
 class RowEnds:
     """A token behind each row of codes, codes elsewhere, and nothing else anywhere."""
 
@@ -461,21 +475,25 @@ def load_transformers_images(
         kind: `model_type` of its configuration.
 
     Raises:
-        Unsupported: transformers cannot make images with it, or it is unknown here.
+        Unsupported: It is unknown here, or lacks what images need.
         OSError, ValueError: Files are missing or damaged.
     """
     from models.loading import quiet_transformers
 
-    if kind == "chameleon":
-        raise Unsupported(_NO_WAY_BACK)
-    if kind not in ("janus", "emu3"):
+    names = {"janus": "Janus", "emu3": "Emu3", "chameleon": "Chameleon"}
+    if kind not in names:
         raise Unsupported(
             f"'{model_id}' is of the type {kind or 'unknown'!r}; image generators here are "
-            f"tiny-ar-image, llamagen, janus and emu3."
+            f"tiny-ar-image, llamagen, {', '.join(names)}."
         )
     import transformers
 
-    name = {"janus": "JanusForConditionalGeneration", "emu3": "Emu3ForConditionalGeneration"}[kind]
+    chameleon = None
+    if kind == "chameleon":
+        from models.image_chameleon import read_chameleon
+
+        chameleon = read_chameleon(folder)  # before the large files
+    name = f"{names[kind]}ForConditionalGeneration"
     with quiet_transformers():
         module = getattr(transformers, name).from_pretrained(
             folder,
@@ -490,6 +508,8 @@ def load_transformers_images(
     module.to(settings.device_name())
     if kind == "janus":
         return JanusImages(module, tokenizer, model_id)
+    if chameleon is not None:
+        return chameleon(module, tokenizer, model_id)
     path = folder / "preprocessor_config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     scaling = {name: fields[name] for name in ("image_mean", "image_std") if name in fields}

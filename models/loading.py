@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 _EMBEDDED = Path(__file__).parent / "embedded"
 _DONORS = _EMBEDDED / "donors"
 _WEIGHT_FILES = ("*.safetensors",)
+# Weights of further parts: dense layers of an encoder, a tokenizer of images.
+_WEIGHT_FILES_OF_PARTS = ("*/*.safetensors",)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5")
 # What besides the weights decides a model's answer: configuration, tokenizer, pooling.
 _SETTING_FILES = ("*.json", "*/*.json", "vocab.txt", "*.model")
@@ -183,7 +185,7 @@ def donor_hash(donor_id: str, *, offline: bool = True) -> str:
 
 def _folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
-    patterns = (*_WEIGHT_FILES, *_SETTING_FILES)
+    patterns = (*_WEIGHT_FILES, *_WEIGHT_FILES_OF_PARTS, *_SETTING_FILES)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(f"{path.relative_to(folder)}\0{_file_hash(path)}\0".encode())
     return digest.hexdigest()

@@ -80,22 +80,22 @@ def distance_quantile(vectors: Tensor, share: float) -> float:
 
 
 def token_embeddings(model: AutoregressiveImageModel) -> Tensor:
-    """Return the decoder's input embeddings of all tokens, (vocab, size), float64; kept."""
+    """Return the decoder's input embeddings of all tokens, (vocab, size), as they are; kept."""
     tables = _TABLES.setdefault(model, {})
     if "embeddings" not in tables:
         with torch.no_grad():
             everything = torch.arange(model.facts.vocab_size, device=model.device)
-            tables["embeddings"] = model.embed(everything).double()
+            tables["embeddings"] = model.embed(everything)
     found: Tensor = tables["embeddings"]
     return found
 
 
 def embedding_quantile(model: AutoregressiveImageModel, share: float) -> float:
-    """Return `distance_quantile` of a model's embeddings; kept with the model."""
+    """Return `distance_quantile` of the embeddings of a model's codes; kept with the model."""
     tables = _TABLES.setdefault(model, {})
     key = ("quantile", share)
     if key not in tables:
-        tables[key] = distance_quantile(token_embeddings(model), share)
+        tables[key] = distance_quantile(token_embeddings(model)[_code_tokens(model)], share)
     return float(tables[key])
 
 
@@ -104,8 +104,8 @@ def token_neighbours(
 ) -> Tensor:
     """Return the nearest tokens of each token, (vocab, count), int64; kept with the model.
 
-    Tokens that are no code (row ends) have no neighbours in the codebook, and are none: their rows
-    hold -1. Where there are fewer neighbours than `count` the table is narrower.
+    Tokens that are no code (row ends, words) have no neighbours and are none: their rows hold -1.
+    Where there are fewer neighbours than `count` the table is narrower.
     """
     tables = _TABLES.setdefault(model, {})
     key = (count, metric, space)
@@ -118,13 +118,18 @@ def token_neighbours(
 def _neighbours(
     model: AutoregressiveImageModel, count: int, metric: Metric, space: Space
 ) -> Tensor:
-    everything = torch.arange(model.facts.vocab_size, device=model.device)
+    tokens = _code_tokens(model)
     if space == "embeddings":
-        near = nearest_neighbours(token_embeddings(model), min(count, len(everything) - 1), metric)
-        return near
-    codes = model.codes(everything)
-    tokens = everything[codes >= 0]
-    near = nearest_neighbours(model.codebook[codes[tokens]], min(count, len(tokens) - 1), metric)
-    table = torch.full((len(everything), near.shape[1]), -1, device=model.device)
+        vectors = token_embeddings(model)[tokens]
+    else:
+        vectors = model.codebook[model.codes(tokens)]
+    near = nearest_neighbours(vectors, min(count, len(tokens) - 1), metric)
+    table = torch.full((model.facts.vocab_size, near.shape[1]), -1, device=model.device)
     table[tokens] = tokens[near]
     return table
+
+
+def _code_tokens(model: AutoregressiveImageModel) -> Tensor:
+    """Return the tokens that are codes, ascending."""
+    everything = torch.arange(model.facts.vocab_size, device=model.device)
+    return everything[model.codes(everything) >= 0]

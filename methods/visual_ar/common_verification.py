@@ -197,7 +197,7 @@ class ClusterRule(ExactRule):
             )
             kept = kept & (gap.abs() < self.margin)
             if self.embeddings is not None:
-                apart = self.embeddings[members] - self.embeddings[own]
+                apart = self.embeddings[members].double() - self.embeddings[own].double()
                 kept = kept & (apart.square().sum(-1) < self.distance)
         # Candidates outside the ranking repeat the one at its end, which may be the token itself.
         return members, kept | (inside & (members == own))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,6 @@ def test_embedded_cards_load_target_and_draft_on_the_same_codes() -> None:
 
 def test_architectures_that_cannot_make_pictures_say_so(tmp_path: Path) -> None:
     model_id = save_image_model(tmp_path)
-    for kind, reason in (("chameleon", "no way back from its codes"), ("bert", "tiny-ar-image")):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
-        with pytest.raises(Unsupported, match=reason):
-            load(model_id, FLOAT32, capability="ImageGenerator")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    with pytest.raises(Unsupported, match="are tiny-ar-image, llamagen, janus, emu3, chameleon"):
+        load(model_id, FLOAT32, capability="ImageGenerator")

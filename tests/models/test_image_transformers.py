@@ -1,4 +1,4 @@
-"""Janus and Emu3, tiny and random: our loop and sessions against transformers' own generation."""
+"""Janus, Emu3 and Chameleon, tiny and random: our loop and sessions against transformers' own."""
 
 from __future__ import annotations
 
@@ -7,124 +7,54 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from models.base import AutoregressiveImageModel, ImageSampling, Trace, Unsupported
+from models.image_chameleon import ChameleonImages
 from models.image_transformers import CaptionedImages, Emu3Images, JanusImages
 from models.loading import LoadSettings, load
-from runner.conformance_base import byte_tokenizer, sharpen
+from tests.models.tiny_captioned import (
+    CAPTIONED,
+    CODES,
+    GRID,
+    emu3,
+    janus,
+    tiny_captioned,
+    tokenizer,
+)
 
-GRID = (4, 4)
 CAPTIONS = ("a red dog", "sea")
-SPECIALS = ("<end>", "<s>", "<pad>", "<image>", "<boi>", "<wrap>", "<eol>")
-CODES = 24
 GREEDY = ImageSampling(guidance_scale=2.0, temperature=0.0)
 
 
-def tokenizer() -> Any:
-    """Bytes behind special words, with the names that Emu3's processor uses."""
-    found = byte_tokenizer((*SPECIALS, *(f"<|visual token {n:06d}|>" for n in range(CODES))))
-    found.add_special_tokens({"bos_token": "<s>", "pad_token": "<pad>"})
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=found.backend_tokenizer,
-        bos_token="<s>",
-        eos_token="<end>",
-        pad_token="<pad>",
-        extra_special_tokens={"boi_token": "<boi>", "image_wrapper_token": "<wrap>"},
-    )
-
-
-def text_sizes(vocabulary: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": 1,
-        "eos_token_id": 0,
-        "pad_token_id": 2,
-    }
-
-
-def janus() -> Any:
-    config = transformers.JanusConfig(
-        text_config=transformers.LlamaConfig(**text_sizes(len(tokenizer()))),
-        vision_config=transformers.JanusVisionConfig(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=4,
-            projection_dim=32,
-            num_image_tokens=16,
-        ),
-        vq_config={
-            "embed_dim": 4,
-            "num_embeddings": CODES,
-            "latent_channels": 32,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1, 1],
-            "num_res_blocks": 1,
-            "projection_dim": 32,
-            "image_token_embed_dim": 32,
-        },
-        image_token_id=3,
-    )
-    module = transformers.JanusForConditionalGeneration._from_config(
-        config, attn_implementation="sdpa"
-    )
-    settings = module.generation_config
-    settings.bos_token_id, settings.pad_token_id, settings.eos_token_id = 1, 2, 0
-    settings.generation_kwargs = {"boi_token_id": 4}
-    settings._from_model_config = False  # as in the published file, so that it is read as it is
-    return module
-
-
-def emu3() -> Any:
-    words = tokenizer().get_vocab()
-    vocabulary_map = {
-        word: place for word, place in words.items() if word.startswith("<|visual token")
-    }
-    config = transformers.Emu3Config(
-        text_config=text_sizes(len(words)),
-        vq_config={
-            "codebook_size": CODES,
-            "embed_dim": 4,
-            "latent_channels": 4,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1],
-            "num_res_blocks": 1,
-            "attn_resolutions": [],
-            "hidden_size": 32,
-            "temporal_downsample_factor": 1,
-        },
-        vocabulary_map={**vocabulary_map, "<|extra_200|>": 6, "<image>": 3},
-    )
-    return transformers.Emu3ForConditionalGeneration._from_config(
-        config, attn_implementation="sdpa"
-    )
-
-
-@pytest.fixture(scope="module", params=["janus", "emu3"])
+@pytest.fixture(scope="module", params=CAPTIONED)
 def model(request: pytest.FixtureRequest) -> CaptionedImages:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = janus() if request.param == "janus" else emu3()
-        # The networks before the pixels stay as they are: only tokens must be decided.
-        sharpen(module.model.language_model if request.param == "janus" else module.model, 3)
-        if request.param == "janus":
-            sharpen(module.model.generation_head, 4)
-    if request.param == "janus":
-        return JanusImages(module, tokenizer(), "tiny-janus")
-    return Emu3Images(module, tokenizer(), "tiny-emu3", grid=GRID)
+    return tiny_captioned(request.param)
+
+
+def token_by_token(model: ChameleonImages, caption: str) -> list[int]:
+    """Greedy tokens with guidance 2, the whole text read anew for each, by transformers' forward.
+
+    Its logits of image tokens are masked, so the head is applied to its hidden states.
+    """
+    texts = [model.prompt(caption, conditional=conditional) for conditional in (True, False)]
+    found: list[int] = []
+    for place in range(model.facts.image_tokens):
+        with_, without = (
+            model.module.lm_head(model.module.model(torch.tensor([text + found]))[0][0, -1])
+            for text in texts
+        )
+        forbidden = model.constraints.forbidden(torch.tensor([place]))
+        assert forbidden is not None
+        merged = (without + 2 * (with_ - without)).masked_fill(forbidden[0], -torch.inf)
+        found.append(int(merged.argmax()))
+    return found
 
 
 def theirs(model: CaptionedImages, caption: str) -> list[int]:
     """Greedy tokens by transformers' own generation, with guidance 2."""
+    if isinstance(model, ChameleonImages):
+        return token_by_token(model, caption)
     prompt = torch.tensor([model.prompt(caption, conditional=True)])
     settings: dict[str, Any] = {"do_sample": False, "guidance_scale": 2.0}
     mask = torch.ones_like(prompt)
@@ -197,6 +127,8 @@ def test_padding_beside_a_longer_caption_changes_no_logits(model: CaptionedImage
     torch.testing.assert_close(found[0], found[1], atol=2e-4, rtol=1e-4)
 
 
+# It has no pixels of Chameleon's; see test_image_chameleon.py.
+@pytest.mark.parametrize("model", ["janus", "emu3"], indirect=True)
 def test_pixels_are_those_of_transformers(model: CaptionedImages) -> None:
     tokens = torch.tensor(model.generate(CAPTIONS, [0, 1], ImageSampling()).tokens)
     if isinstance(model, JanusImages):
