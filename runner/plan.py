@@ -195,17 +195,19 @@ def _expand(request: Request, run_id: str, finished: Mapping[str, str]) -> Plan:
         finished: Experiment of each cell that need not be measured.
     """
     registry = Registry(request.plugins)
-    profile = _profile(request)
+    known = _Known(registry, request)
+    # Names and settings first: what is wrong with them is said before anything slow is looked at.
+    tasks = []
+    for text in request.tasks:
+        material = _Material(text, registry, request)
+        limits = request.method_limits.get(text, {})
+        tasks.append((text, material, known.methods(request.methods_of(text), limits)))
     plan = Plan(run_id=run_id, request=request)
     store = Store(request.store)
-    known = _Known(registry, request)
-    for task_text in request.tasks:
-        material = _Material(task_text, registry, request)
-        asked = known.methods(
-            request.methods_of(task_text), request.method_limits.get(task_text, {})
-        )
-        for model_text in request.models_of(task_text):
-            _plan_experiment(plan, known, profile, store, finished, material, model_text, asked)
+    profile = _profile(request)
+    for text, material, asked in tasks:
+        for model in request.models_of(text):
+            _plan_experiment(plan, known, profile, store, finished, material, model, asked)
     return plan
 
 
