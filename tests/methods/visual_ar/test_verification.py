@@ -594,7 +594,12 @@ def test_neighbours_are_ordered_by_distance_and_leave_the_vector_itself_out(seed
 
 
 def test_an_independent_package_accepts_the_same_drafts_and_has_the_same_residual():
-    flashspec = pytest.importorskip("flashspec.sampling.rejection")
+    from flashspec.sampling.rejection import (
+        rejection_step,
+        rejection_step_onehot,
+        residual_distribution,
+    )
+
     random = np.random.default_rng(1)
     rows, count, vocab = 500, 3, 12
     p = torch.from_numpy(random.dirichlet([0.5] * vocab, size=(rows, count + 1)))
@@ -602,14 +607,25 @@ def test_an_independent_package_accepts_the_same_drafts_and_has_the_same_residua
     drafts = torch.from_numpy(
         np.stack([[random.choice(vocab, p=law) for law in row] for row in q.numpy()])
     )
-    theirs = flashspec.rejection_step(
-        drafts, q.log().float(), p.log().float(), generator=torch.Generator().manual_seed(3)
-    )
+    # They draw their numbers one for each draft, as here, and behind those a token.
     same = torch.rand(rows, count, generator=torch.Generator().manual_seed(3))
     numbers = torch.cat([same.double(), torch.full((rows, 1), 0.5).double()], dim=1)
-    found = verify_chain(ExactRule(), p, q, drafts, numbers)
-    assert found.accepted.tolist() == theirs[:, 0].tolist()
-    ours = replacement(ExactRule(), p[:, 0], q[:, 0], drafts[:, 0]).law
-    for row in range(20):
-        residual = flashspec.residual_distribution(p[row, 0].float(), q[row, 0].float())
-        torch.testing.assert_close(ours[row].float(), residual, atol=1e-5, rtol=1e-4)
+    certain = torch.nn.functional.one_hot(drafts, vocab).double()
+    logs = p.log().float()
+    wanted = {
+        "drawn": rejection_step(
+            drafts, q.log().float(), logs, generator=torch.Generator().manual_seed(3)
+        ),
+        "certain": rejection_step_onehot(drafts, logs, generator=torch.Generator().manual_seed(3)),
+    }
+    for kind, law in (("drawn", q), ("certain", certain)):
+        found = verify_chain(ExactRule(), p, law, drafts, numbers).accepted.tolist()
+        assert found == wanted[kind][:, 0].tolist()
+        assert len(set(found)) > 2
+        for rule in (AmplifiedRule(2.0), AddedRule(0.05)):
+            lax = verify_chain(rule, p, law, drafts, numbers).accepted.tolist()
+            assert lax != wanted[kind][:, 0].tolist()
+        ours = replacement(ExactRule(), p[:, 0], law[:, 0], drafts[:, 0]).law
+        for row in range(20):
+            residual = residual_distribution(p[row, 0].float(), law[row, 0].float())
+            torch.testing.assert_close(ours[row].float(), residual, atol=1e-5, rtol=1e-4)
