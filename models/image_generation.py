@@ -538,49 +538,73 @@ class CountingSession(ABC):
 
 
 class DecoderSession(CountingSession):
-    """A session over a LlamaGen-class decoder: the condition is one class token."""
+    """A session over a LlamaGen-class decoder."""
 
     def __init__(
         self,
         network: ImageDecoder,
         facts: ImageTokenFacts,
-        labels: Sequence[int],
+        condition: Tensor,
         *,
+        hidden: Tensor | None = None,
+        rows: int,
         guided: bool,
         capacity: int,
         trace: Trace,
         synchronize: Callable[[], None],
     ) -> None:
-        """Open a session; see `models.base.AutoregressiveImageModel.session`."""
+        """Open a session; see `models.base.AutoregressiveImageModel.session`.
+
+        Args:
+            network: The decoder.
+            facts: Its sizes.
+            condition: Embedded, of the conditional rows and then of the others if there are any,
+                (branches * rows, condition tokens, width).
+            hidden: True where a condition token is padding that nobody sees, (branches * rows,
+                condition tokens); None where none is.
+            rows: Images.
+            guided, capacity, trace, synchronize: See `CountingSession`.
+        """
         super().__init__(
             facts,
-            rows=len(labels),
+            rows=rows,
             guided=guided,
             capacity=capacity,
             trace=trace,
             synchronize=synchronize,
         )
         self._network = network
-        weight = network.output.weight
-        conditional = torch.tensor(labels, device=weight.device)
-        unconditional = torch.full_like(conditional, network.null_class)
-        self._labels = torch.cat([conditional, unconditional]) if guided else conditional
+        self._condition = condition
+        self._visible = None if hidden is None or not bool(hidden.any()) else ~hidden
         self._cache = KVCache(
             network.config,
-            len(self._labels),
-            1 + capacity,
-            device=weight.device,
-            dtype=weight.dtype,
+            len(condition),
+            condition.shape[1] + capacity,
+            device=condition.device,
+            dtype=condition.dtype,
         )
 
     @torch.no_grad()
     def _read_condition(self) -> tuple[WindowOutput, int]:
-        found = self._network(self._network.embed_classes(self._labels), cache=self._cache)
-        return WindowOutput(found.logits, found.hidden, self.rows), 1
+        count = self._condition.shape[1]
+        mask = None
+        if self._visible is not None:
+            itself = torch.eye(count, dtype=torch.bool, device=self._condition.device)
+            # Padding that saw nothing would be NaN.
+            mask = (itself.cumsum(0).bool() & self._visible[:, None] | itself)[:, None]
+        found = self._network(self._condition, cache=self._cache, mask=mask)
+        return WindowOutput(found.logits[:, -1:], found.hidden[:, -1:], self.rows), count
 
     @torch.no_grad()
     def _run(self, tokens: Tensor, places: Tensor, mask: Tensor | None) -> WindowOutput:
-        positions = places.to(self._labels.device) + 1
+        device = self._condition.device
+        held, width = self._condition_tokens + self.length, tokens.shape[1]
+        if self._visible is not None:
+            entries = torch.arange(held + width, device=device)
+            order = entries[None] <= entries[held:, None] if mask is None else mask.to(device)
+            others = order.new_ones(len(self._visible), held + width - self._condition_tokens)
+            mask = (order & torch.cat([self._visible, others], dim=1)[:, None])[:, None]
+        positions = places.to(device) + self._condition_tokens
         found = self._network(
             self._network.embed_tokens(tokens), positions, cache=self._cache, mask=mask
         )
@@ -644,15 +668,28 @@ class AutoregressiveImages(OnDevice):
         self, conditions: Sequence[Condition], *, guided: bool, capacity: int, trace: Trace
     ) -> DecoderSession:
         """See `models.base.AutoregressiveImageModel.session`."""
+        device = self.module.output.weight.device
+        labels = torch.tensor(
+            class_labels(conditions, self.facts.classes, self.name), device=device
+        )
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.module.null_class)])
+        with torch.no_grad():
+            condition = self.module.embed_classes(labels)
         return DecoderSession(
             self.module,
             self.facts,
-            class_labels(conditions, self.facts.classes, self.name),
+            condition,
+            rows=len(conditions),
             guided=guided,
             capacity=capacity,
             trace=trace,
             synchronize=self.synchronize,
         )
+
+    def with_decoder(self, decoder: ImageDecoder, name: str) -> AutoregressiveImages:
+        """Return a model of another decoder over the same codes and conditions."""
+        return AutoregressiveImages(decoder, self.image_tokenizer, name)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `models.base.AutoregressiveImageModel.embed`."""
@@ -705,7 +742,8 @@ def class_labels(conditions: Sequence[Condition], classes: int, name: str) -> li
 
 def _facts(decoder: ImageDecoder, image_tokenizer: ImageTokenizer) -> ImageTokenFacts:
     config, weight = decoder.config, decoder.output.weight
-    matrices = linear_parameters(decoder)
+    # A caption's projection is no matrix that a token of the image is multiplied with.
+    matrices = linear_parameters(decoder) - linear_parameters(decoder.cls_embedding)
     side = config.grid * image_tokenizer.config.factor
     return ImageTokenFacts(
         vocab_size=config.vocab_size,
@@ -718,7 +756,7 @@ def _facts(decoder: ImageDecoder, image_tokenizer: ImageTokenizer) -> ImageToken
         head_parameters=weight.numel(),
         weight_bytes=matrices * weight.element_size(),
         kv_item_bytes=weight.element_size(),
-        max_positions=1 + config.image_tokens,
+        max_positions=config.condition_tokens + config.image_tokens,
         eos_ids=frozenset(),
         dtype=str(weight.dtype).removeprefix("torch."),
         image_tokens=config.image_tokens,

@@ -6,10 +6,12 @@ pickles; this makes a folder of two of them, reading tensors only:
 
     python -m models.image_loading --decoder c2i_B_256.pt --tokenizer vq_ds16_c2i.pt --out FOLDER
 
-and `path:FOLDER` is then a model. Source of the released files' layout: FoundationVision/LlamaGen
-at ce98ec4 (`autoregressive/sample/sample_c2i.py`, `tokenizer/tokenizer_image/vq_model.py`): weights
-lie under `model`, `module` or `state_dict`, or are the file; the tokenizer's counter of used codes
-is no weight.
+and `path:FOLDER` is then a model. With a decoder of captions (`t2i_XL_stage1_256.pt` and
+`vq_ds16_t2i.pt`) the folder lacks their encoder still; see `models/image_captions.py`. Source of
+the released files' layout: FoundationVision/LlamaGen at ce98ec4
+(`autoregressive/sample/sample_c2i.py`, `tokenizer/tokenizer_image/vq_model.py`): weights lie under
+`model`, `module` or `state_dict`, or are the file; the tokenizer's counter of used codes is no
+weight.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
     from models.loading import LoadSettings
 
 LLAMAGEN_TYPES = ("tiny-ar-image", "llamagen")
-# Heads of LlamaGen's released sizes by width; the weights do not tell.
-_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
+# Heads of LlamaGen's sizes by width; the weights do not tell.
+_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
+_TABLE, _NO_CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
 _WRAPPERS = ("model", "module", "state_dict")
 _COUNTER = "quantize.codebook_used"
 
@@ -86,6 +89,11 @@ def _load_llamagen(
     load_weights(tokenizer, folder / "tokenizer.safetensors", device)
     load_weights(decoder, folder / weights, device)
     decoder.to(getattr(torch, settings.dtype_name()))
+    if decoder.config.caption_dim:
+        from models.image_captions import CaptionedLlamaGen, load_caption_encoder
+
+        encoder = load_caption_encoder(folder, decoder.config.condition_tokens, settings)
+        return CaptionedLlamaGen(decoder, tokenizer, model_id, encoder)
     return AutoregressiveImages(decoder, tokenizer, model_id)
 
 
@@ -102,17 +110,20 @@ def decoder_config(
     Raises:
         ValueError: The weights are of another kind, or the width is no released one.
     """
-    if "cls_embedding.embedding_table.weight" not in state:
+    if _TABLE not in state and _NO_CAPTION not in state:
         raise ValueError(
-            "the decoder has no table of classes; LlamaGen's text-conditional models need "
-            "captions encoded by another model and are not run here."
+            "the decoder has neither a table of classes nor features of a missing caption."
         )
-    table, output = state["cls_embedding.embedding_table.weight"], state["output.weight"]
-    width, inner = table.shape[1], state["layers.0.feed_forward.w1.weight"].shape[0]
+    vocab_size, width = state["output.weight"].shape
+    inner = state["layers.0.feed_forward.w1.weight"].shape[0]
+    condition: dict[str, int] = {}
+    if _NO_CAPTION in state:
+        tokens, size = state[_NO_CAPTION].shape
+        condition = {"condition_tokens": tokens, "caption_dim": size}
     layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
     if heads is None and width not in _HEADS:
         raise ValueError(
-            f"no released decoder is {width} wide; name its heads with --heads. Released widths: "
+            f"no known decoder is {width} wide; name its heads with --heads. Known widths: "
             f"{', '.join(map(str, _HEADS))}."
         )
     if state["layers.0.attention.wqkv.weight"].shape[0] != 3 * width:
@@ -120,8 +131,9 @@ def decoder_config(
             "the decoder has fewer heads for keys than for queries; none released has."
         )
     config = DecoderConfig(
-        vocab_size=output.shape[0],
-        classes=table.shape[0] - 1,
+        vocab_size=vocab_size,
+        classes=state[_TABLE].shape[0] - 1 if _TABLE in state else 0,
+        **condition,
         grid=grid or 16,
         width=width,
         layers=layers,
@@ -177,8 +189,8 @@ def convert_llamagen(
     """Write a folder that `path:` reads from LlamaGen's two released files.
 
     Args:
-        decoder: A class-conditional decoder, `c2i_B_256.pt`.
-        tokenizer: `vq_ds16_c2i.pt`.
+        decoder: `c2i_B_256.pt`, or one of captions, `t2i_XL_stage1_256.pt`.
+        tokenizer: `vq_ds16_c2i.pt`, or `vq_ds16_t2i.pt`.
         out: Folder; made if it is not there.
         heads, grid, groups: What the weights do not tell, see `decoder_config` and
             `tokenizer_config`.

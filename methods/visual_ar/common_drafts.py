@@ -103,8 +103,9 @@ def own_layers(target: AutoregressiveImageModel, layers: str) -> AutoregressiveI
     shallow.load_state_dict(decoder.state_dict(), strict=False, assign=True)
     shallow.rotation = decoder.rotation
     shallow.eval().requires_grad_(False)
-    tokenizer = getattr(target, "image_tokenizer")  # noqa: B009  # of the LlamaGen class
-    return AutoregressiveImages(shallow, tokenizer, f"{target.name}:layers:{layers}")
+    with_decoder = getattr(target, "with_decoder")  # noqa: B009  # of the LlamaGen class
+    found: AutoregressiveImages = with_decoder(shallow, f"{target.name}:layers:{layers}")
+    return found
 
 
 def decoder_of(model: AutoregressiveImageModel, what: str) -> ImageDecoder:

@@ -14,12 +14,12 @@ from models.image_chameleon import ChameleonImages
 from models.image_transformers import CaptionedImages, Emu3Images, JanusImages
 from models.loading import LoadSettings, load
 from tests.models.tiny_captioned import (
-    CAPTIONED,
     CODES,
     GRID,
+    LANGUAGE_MODELS,
     emu3,
     janus,
-    tiny_captioned,
+    tiny_language_model,
     tokenizer,
 )
 
@@ -27,9 +27,9 @@ CAPTIONS = ("a red dog", "sea")
 GREEDY = ImageSampling(guidance_scale=2.0, temperature=0.0)
 
 
-@pytest.fixture(scope="module", params=CAPTIONED)
+@pytest.fixture(scope="module", params=LANGUAGE_MODELS)
 def model(request: pytest.FixtureRequest) -> CaptionedImages:
-    return tiny_captioned(request.param)
+    return tiny_language_model(request.param)
 
 
 def token_by_token(model: ChameleonImages, caption: str) -> list[int]:

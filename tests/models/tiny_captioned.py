@@ -7,13 +7,23 @@ from typing import Any
 import torch
 import transformers
 
+from models.base import AutoregressiveImageModel
+from models.embedded.tiny_ar_image.model import (
+    DecoderConfig,
+    ImageDecoder,
+    ImageTokenizer,
+    TokenizerConfig,
+)
+from models.image_captions import CaptionedLlamaGen, CaptionEncoder
 from models.image_transformers import CaptionedImages, Emu3Images, JanusImages
 from runner.conformance_base import byte_tokenizer, sharpen
 from tests.models.tiny_chameleon import LAYOUTS, tiny_chameleon
 
 GRID = (4, 4)
 CODES = 24
-CAPTIONED = ("janus", "emu3", *LAYOUTS)
+LANGUAGE_MODELS = ("janus", "emu3", *LAYOUTS)
+CAPTIONED = (*LANGUAGE_MODELS, "llamagen")
+CAPTION_TOKENS = 12
 _SPECIALS = ("<end>", "<s>", "<pad>", "<image>", "<boi>", "<wrap>", "<eol>")
 
 
@@ -106,8 +116,53 @@ def emu3() -> Any:
     )
 
 
-def tiny_captioned(kind: str) -> CaptionedImages:
+def caption_encoder() -> Any:
+    """A random T5 encoder."""
+    sizes = {"d_model": 24, "d_kv": 6, "num_heads": 4, "d_ff": 32, "num_layers": 2}
+    config = transformers.T5Config(vocab_size=len(tokenizer()), pad_token_id=2, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.T5EncoderModel(config)
+
+
+def llamagen_networks() -> tuple[ImageDecoder, ImageTokenizer]:
+    """A random decoder of captions and a tokenizer."""
+    decoder_sizes = DecoderConfig(
+        vocab_size=CODES,
+        classes=0,
+        grid=GRID[0],
+        width=32,
+        layers=2,
+        heads=2,
+        ffn_multiple=96,
+        condition_tokens=CAPTION_TOKENS,
+        caption_dim=24,
+    )
+    tokenizer_sizes = TokenizerConfig(
+        codebook_size=CODES, channels=8, multipliers=(1, 1), latent_channels=8, groups=4
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder, pixels = ImageDecoder(decoder_sizes), ImageTokenizer(tokenizer_sizes)
+        for parameter in decoder.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return decoder.eval().requires_grad_(False), pixels.eval().requires_grad_(False)
+
+
+def tiny_llamagen() -> CaptionedLlamaGen:
+    """A LlamaGen of captions."""
+    encoder = CaptionEncoder(caption_encoder(), tokenizer(), CAPTION_TOKENS)
+    return CaptionedLlamaGen(*llamagen_networks(), "tiny-llamagen", encoder)
+
+
+def tiny_captioned(kind: str) -> AutoregressiveImageModel:
     """A model of one of the classes in `CAPTIONED`, of decided choices."""
+    return tiny_llamagen() if kind == "llamagen" else tiny_language_model(kind)
+
+
+def tiny_language_model(kind: str) -> CaptionedImages:
+    """A model of one of the classes in `LANGUAGE_MODELS`."""
     if kind in LAYOUTS:
         return tiny_chameleon(kind)
     with torch.random.fork_rng():

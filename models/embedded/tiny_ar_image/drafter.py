@@ -70,7 +70,8 @@ class FeatureDrafter(nn.Module):
 
     def __init__(self, target: DecoderConfig, inner: int | None = None) -> None:
         super().__init__()
-        self.config = config = replace(target, layers=1)
+        # What it reads of a condition is the feature behind it, one token whatever its length.
+        self.config = config = replace(target, layers=1, condition_tokens=1, caption_dim=0)
         width = config.width
         self.fc = nn.Linear(2 * width, width)
         self.layers = nn.ModuleList([_Layer(config, 3 * width // 2 if inner is None else inner)])

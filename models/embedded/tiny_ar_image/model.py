@@ -2,20 +2,23 @@
 
 Source: FoundationVision/LlamaGen (`gpt.py` at 5a50452, `vq_model.py` at 3786e6a), read and written
 anew. Parameter names and shapes are LlamaGen's, so released weights load without renaming: the
-decoder's from the entry `model` of a class-conditional checkpoint, the tokenizer's likewise, whose
-buffer `quantize.codebook_used` (a usage counter) is left out. A file of the decoder's weights holds
+decoder's from the entry `model` of a checkpoint, the tokenizer's likewise, whose buffer
+`quantize.codebook_used` (a usage counter) is left out. A file of the decoder's weights holds
 
     cls_embedding.embedding_table.weight, tok_embeddings.weight, norm.weight, output.weight,
     layers.N.attention.{wqkv,wo}.weight, layers.N.feed_forward.{w1,w2,w3}.weight,
     layers.N.{attention_norm,ffn_norm}.weight
 
+and, where captions are the condition, `cls_embedding.{uncond_embedding,cap_proj.{fc1,fc2}.weight}`
+in place of the table of classes.
+
 LlamaGen-B, -L, … are `DecoderConfig(vocab_size=16384, classes=1000, width=768, layers=12, heads=12,
 ffn_multiple=256)`, …; its tokenizer is `TokenizerConfig(codebook_size=16384, channels=128,
 multipliers=(1, 1, 2, 2, 4), res_blocks=2, latent_channels=256, groups=32)`.
 
-Two details of LlamaGen that are easily missed: the rotation of the condition token is zero in
-cosine *and* sine, so its query and key are zero vectors and every token attends to it with score
-zero; and codes are normalised to length one whenever they are looked up.
+Two details of LlamaGen that are easily missed: the rotation of condition tokens is zero in
+cosine *and* sine, so their queries and keys are zero vectors and every token attends to them with
+score zero; and codes are normalised to length one whenever they are looked up.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -67,7 +70,10 @@ class DecoderConfig:
 
     Attributes:
         vocab_size: Number of codes.
-        classes: Class conditions; id `classes` is the null class of classifier-free guidance.
+        classes: Class conditions; id `classes` is the null class of classifier-free guidance. 0
+            where captions are the condition.
+        condition_tokens: Tokens of a condition, 1 for a class.
+        caption_dim: Size of the features of a caption's token; 0 where classes are the condition.
         grid: Tokens to a side of the image.
         width: Size of the hidden states.
         layers: Llama blocks.
@@ -84,6 +90,8 @@ class DecoderConfig:
     heads: int = 4
     ffn_multiple: int = 64
     rope_base: float = 10000.0
+    condition_tokens: int = 1
+    caption_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:
@@ -468,11 +476,30 @@ class _ClassEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(config.classes + 1, config.width)
 
 
-class ImageDecoder(nn.Module):
-    """Llama blocks over [class, token 0, token 1, …]; position 0 is the class.
+class _CaptionProjection(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_dim, config.width, bias=False)
+        self.fc2 = nn.Linear(config.width, config.width, bias=False)
 
-    Position 1 + n holds the token at place n of the raster, and its logits are those of place
-    n + 1.
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
+        return out
+
+
+class _CaptionEmbedding(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.cap_proj = _CaptionProjection(config)
+        nothing = torch.randn(config.condition_tokens, config.caption_dim)
+        self.uncond_embedding = nn.Parameter(nothing / math.sqrt(config.caption_dim))
+
+
+class ImageDecoder(nn.Module):
+    """Llama blocks over [condition, token 0, token 1, …]; a class is a condition of one token.
+
+    Behind a condition of c tokens, position c + n holds the token at place n of the raster, and its
+    logits are those of place n + 1.
     """
 
     rotation: Tensor
@@ -480,7 +507,8 @@ class ImageDecoder(nn.Module):
     def __init__(self, config: DecoderConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or DecoderConfig()
-        self.cls_embedding = _ClassEmbedding(config)
+        kind = _CaptionEmbedding if config.caption_dim else _ClassEmbedding
+        self.cls_embedding: Any = kind(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
@@ -501,6 +529,17 @@ class ImageDecoder(nn.Module):
         out: Tensor = self.cls_embedding.embedding_table(labels)[:, None]
         return out
 
+    def embed_captions(self, features: Tensor) -> Tensor:
+        """Return the condition tokens of captions' features, (batch, tokens, caption_dim)."""
+        out: Tensor = self.cls_embedding.cap_proj(features)
+        return out
+
+    @property
+    def no_caption(self) -> Tensor:
+        """The features that stand for no condition, (condition_tokens, caption_dim)."""
+        found: Tensor = self.cls_embedding.uncond_embedding
+        return found
+
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of codes, (batch, tokens, width)."""
         out: Tensor = self.tok_embeddings(tokens)
@@ -517,7 +556,8 @@ class ImageDecoder(nn.Module):
         """Run embedded tokens at given positions; with a cache, behind what it holds.
 
         Args:
-            inputs: From `embed_classes` and `embed_tokens`, (batch, tokens, width).
+            inputs: From `embed_classes` or `embed_captions`, and `embed_tokens`, (batch, tokens,
+                width).
             positions: Place of each token in the sequence, (tokens,) or (batch, tokens); in
                 succession from the cache's length when None.
             cache: Keys and values so far; the new ones are appended.
@@ -554,10 +594,10 @@ class ImageDecoder(nn.Module):
 
 
 def rotation_table(config: DecoderConfig) -> Tensor:
-    """Return cosine and sine for each position, (1 + image_tokens, head_dim / 2, 2).
+    """Return cosine and sine for each position, (condition + image tokens, head_dim / 2, 2).
 
-    The first half of a head's pairs turns with the row, the second with the column. Position 0, the
-    class, is zero in both: its query and key vanish.
+    The first half of a head's pairs turns with the row, the second with the column. The condition's
+    positions are zero in both: their queries and keys vanish.
     """
     half = config.head_dim // 2
     frequencies = config.rope_base ** (-torch.arange(0, half, 2).float() / half)
@@ -566,7 +606,7 @@ def rotation_table(config: DecoderConfig) -> Tensor:
     columns = angles[None].expand(config.grid, -1, -1)
     both = torch.cat([rows, columns], -1).flatten(0, 1)
     turned = torch.stack([both.cos(), both.sin()], -1)
-    return torch.cat([torch.zeros(1, *turned.shape[1:]), turned])
+    return torch.cat([torch.zeros(config.condition_tokens, *turned.shape[1:]), turned])
 
 
 def rotation_at(table: Tensor, positions: Tensor) -> Tensor:

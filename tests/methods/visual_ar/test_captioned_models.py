@@ -1,4 +1,4 @@
-"""Windows and trees on the classes that the papers used: Janus, Emu3, Anole, Lumina-mGPT."""
+"""Windows and trees on the papers' classes: Janus, Emu3, Anole, Lumina-mGPT, LlamaGen."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from methods.visual_ar.gsd import Gsd
 from methods.visual_ar.lantern import Lantern
 from methods.visual_ar.sjd import Sjd
 from methods.visual_ar.speculative_image import SpeculativeImage
-from models.base import ImageSampling, Unsupported
-from models.image_transformers import CaptionedImages
+from models.base import AutoregressiveImageModel, ImageSampling, Unsupported
 from runner.conformance_base import PROFILE
 from tests.models.tiny_captioned import CAPTIONED, tiny_captioned
 from tests.models.tiny_chameleon import (
@@ -42,13 +41,13 @@ EXACT = (
 
 
 @pytest.fixture(scope="module", params=CAPTIONED)
-def model(request: pytest.FixtureRequest) -> CaptionedImages:
+def model(request: pytest.FixtureRequest) -> AutoregressiveImageModel:
     return tiny_captioned(request.param)
 
 
 @pytest.mark.parametrize("method", EXACT, ids=repr)
 def test_greedy_images_are_those_of_plain_decoding_in_batches_of_unequal_captions(
-    model: CaptionedImages, method: Any
+    model: AutoregressiveImageModel, method: Any
 ) -> None:
     plain = model.generate(CAPTIONS, [0, 1], GREEDY)
     with method.apply(model, PROFILE) as changed:
@@ -61,7 +60,7 @@ def test_greedy_images_are_those_of_plain_decoding_in_batches_of_unequal_caption
 
 @pytest.mark.parametrize("method", [Sjd(window=6), Gsd(window=6, acceptance="static")], ids=repr)
 def test_sampled_images_keep_row_ends_and_hold_no_words(
-    model: CaptionedImages, method: Any
+    model: AutoregressiveImageModel, method: Any
 ) -> None:
     sampling = ImageSampling(guidance_scale=2.0, top_k=12)
     with method.apply(model, PROFILE) as changed:
@@ -74,7 +73,7 @@ def test_sampled_images_keep_row_ends_and_hold_no_words(
             assert not forbidden[places, torch.tensor(tokens)].any()
 
 
-def test_neighbours_of_codes_are_codes_and_words_have_none(model: CaptionedImages) -> None:
+def test_neighbours_of_codes_are_codes_and_words_have_none(model: AutoregressiveImageModel) -> None:
     everything = torch.arange(model.facts.vocab_size)
     is_code = model.codes(everything) >= 0
     with torch.no_grad():
@@ -110,9 +109,40 @@ def test_a_draft_of_the_same_class_writes_the_targets_greedy_images(tmp_path: Pa
     assert found.trace.draft_forwards > 0
 
 
-def test_trees_need_a_drafter_which_these_classes_have_not(model: CaptionedImages) -> None:
+def test_trees_need_a_drafter_which_language_models_have_not() -> None:
+    model = tiny_captioned("anole")
     with (
         pytest.raises(Unsupported, match="LlamaGen"),
         Lantern(drafter="random").apply(model, PROFILE) as changed,
     ):
         changed.generate(CAPTIONS, [0, 1], GREEDY)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SpeculativeImage(draft="layers:1", num_draft_tokens=3),
+        Lantern(drafter="random", delta=0.0),
+        Lantern(drafter="random", delta=0.0, tree="static"),
+        Lantern(drafter="random", delta=0.0, tree="chain"),
+    ],
+    ids=repr,
+)
+def test_drafts_behind_captions_write_the_targets_greedy_images(method: Any) -> None:
+    model = tiny_captioned("llamagen")
+    plain = model.generate(CAPTIONS, [0, 1], GREEDY)
+    with method.apply(model, PROFILE) as changed:
+        found = changed.generate(CAPTIONS, [0, 1], GREEDY)
+    assert found.tokens == plain.tokens
+    assert found.trace.draft_forwards > 0
+
+
+def test_a_relaxed_tree_behind_captions_changes_images() -> None:
+    model = tiny_captioned("llamagen")
+    sampling = ImageSampling(guidance_scale=2.0)
+    found = []
+    for delta in (0.0, 1.0):
+        method = Lantern(drafter="random", delta=delta, neighbours=8, tree="chain")
+        with method.apply(model, PROFILE) as changed:
+            found.append(changed.generate(CAPTIONS, [0, 1], sampling))
+    assert sum(found[1].trace.accepted) > sum(found[0].trace.accepted)
