@@ -1,6 +1,6 @@
 """What tasks that make images have in common: items, the call, the stored pictures.
 
-An item is a batch of images of given classes and seeds, the same for every method. Its stored
+An item is a batch of images of given conditions and seeds, the same for every method. Its stored
 output is JSON: each image as a PNG in base64, which is what is scored (8 bits, no loss), and what
 the unchanged model says of the image's tokens afterwards, outside the clock:
 
@@ -31,13 +31,14 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from models.base import (
     AutoregressiveImageModel,
+    Condition,
     GeneratedImages,
     ImageGenerator,
     ImageSampling,
@@ -105,6 +106,8 @@ class ImageTask(Task[ImageGenerator]):
     top_p: float = 1.0
 
     capability = "ImageGenerator"
+    # What the conditions of an item are called in its fields.
+    conditions_field: ClassVar[str] = "classes"
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.images > _SEED_STRIDE:
@@ -116,7 +119,7 @@ class ImageTask(Task[ImageGenerator]):
     @property
     @abstractmethod
     def classes(self) -> int:
-        """Number of classes that images are made of, in turn."""
+        """Number of classes that images are made of, in turn; 0 where captions are."""
 
     @property
     @abstractmethod
@@ -165,10 +168,14 @@ class ImageTask(Task[ImageGenerator]):
 
     def _item(self, name: str, numbers: Sequence[int]) -> Item:
         fields = {
-            "classes": [number % self.classes for number in numbers],
+            self.conditions_field: self.wanted(numbers),
             "seeds": [self.seed * _SEED_STRIDE + number for number in numbers],
         }
         return Item(name, fields)
+
+    def wanted(self, numbers: Sequence[int]) -> list[Condition]:
+        """Return the conditions of images by their numbers: the classes take turns."""
+        return [number % self.classes for number in numbers]
 
     def call(self, model: ImageGenerator, item: Item, *, fixed_length: bool = False) -> ImageOutput:
         """Make a batch; all images have the same length, so `fixed_length` changes nothing.
@@ -179,10 +186,10 @@ class ImageTask(Task[ImageGenerator]):
         """
         if model.facts.classes != self.classes:
             raise Unsupported(
-                f"the images are of {self.classes} classes; '{model.name}' has "
-                f"{model.facts.classes or 'captions instead'}."
+                f"the images are of {_what(self.classes)}; '{model.name}' makes them of "
+                f"{_what(model.facts.classes)}."
             )
-        wanted = item.fields["classes"]
+        wanted = item.fields[self.conditions_field]
         made = model.generate(wanted, item.fields["seeds"], self.sampling())
         expected = (len(wanted), *model.facts.image_size, 3)
         if made.pixels.shape != expected or made.pixels.dtype != np.uint8:
@@ -217,7 +224,7 @@ class ImageTask(Task[ImageGenerator]):
         judged = ImageSampling(
             guidance_scale=self.guidance_scale, temperature=self.temperature or 1.0
         )
-        laws = read_tokens(model, item.fields["classes"], ids, judged).double()
+        laws = read_tokens(model, item.fields[self.conditions_field], ids, judged).double()
         likelihoods = laws.gather(-1, ids.to(laws.device)[..., None])[..., 0]
         surprise = -likelihoods.clamp_min(torch.finfo(torch.float32).tiny).log().mean(dim=1)
         entropy = torch.special.entr(laws).sum(dim=-1).mean(dim=1)
@@ -231,6 +238,10 @@ class ImageTask(Task[ImageGenerator]):
         """Return the means over a batch of what the target says of the tokens."""
         readings = read_output(output).readings
         return {name: float(np.mean(values)) for name, values in readings.items() if values}
+
+
+def _what(classes: int) -> str:
+    return f"{classes} classes" if classes else "captions"
 
 
 def encoded(image: Pixels) -> str:

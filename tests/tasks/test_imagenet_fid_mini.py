@@ -105,7 +105,7 @@ def test_a_call_makes_the_images_and_what_is_stored_is_read_from_the_unchanged_m
 def test_models_of_other_classes_and_other_pixels_are_refused(model: AutoregressiveImages) -> None:
     task = ImagenetFidMini(images=1)
     item = next(task.items())
-    with pytest.raises(Unsupported, match="20 classes; 'tiny-random-images' has 5"):
+    with pytest.raises(Unsupported, match="of 20 classes; 'tiny-random-images' makes them of 5"):
         task.call(tiny_images(), item)
 
     class Larger:
