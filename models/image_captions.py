@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.base import Condition, Trace, Unsupported
-from models.image_generation import AutoregressiveImages, DecoderSession
+from models.base import Condition, Trace
+from models.image_generation import AutoregressiveImages, DecoderSession, captions_of
 
 if TYPE_CHECKING:
     from models.embedded.tiny_ar_image.model import ImageDecoder, ImageTokenizer
@@ -137,12 +137,7 @@ class CaptionedLlamaGen(AutoregressiveImages):
         self, conditions: Sequence[Condition], *, guided: bool, capacity: int, trace: Trace
     ) -> DecoderSession:
         """See `models.base.AutoregressiveImageModel.session`."""
-        for condition in conditions:
-            if not isinstance(condition, str):
-                raise Unsupported(
-                    f"'{self.name}' takes captions, not class ids such as {condition}."
-                )
-        texts = tuple(str(condition) for condition in conditions)
+        texts = captions_of(conditions, self.name)
         if self._lent and self._lent[0].texts == texts:
             captions = self._lent[0]
         else:

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from models.base import PositionConstraints, Unsupported
 from models.embedded.tiny_ar_image.model import to_bytes
 from models.image_loading import read_pickled_weights
-from models.image_transformers import CaptionedImages, OnlyCodes, RowEnds
+from models.image_transformers import CodesAmongWords, OnlyCodes, RowEnds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,8 +195,8 @@ def _own_name(name: str, levels: int) -> str:
     return ".".join(parts)
 
 
-class ChameleonImages(CaptionedImages):
-    """Chameleon with its image tokens allowed (arXiv 2405.09818, 2407.06135, 2408.02657)."""
+class ChameleonImages(CodesAmongWords):
+    """Chameleon, its image tokens not masked out (arXiv 2405.09818, 2407.06135, 2408.02657)."""
 
     def __init__(
         self, module: Any, tokenizer: Any, name: str, *, decoder: CodesToPixels, layout: Layout
@@ -215,9 +215,7 @@ class ChameleonImages(CaptionedImages):
         mapping = module.model.vocabulary_mapping
         vocabulary = module.config.vocab_size
         self._layout, self._decoder = layout, decoder
-        self._to_code = torch.full((vocabulary,), -1)
-        for token, code in mapping.bpe2img.items():
-            self._to_code[token] = code
+        self._number_codes(mapping.bpe2img, vocabulary)
         known = len(decoder.quantize.weight)
         if sorted(mapping.bpe2img.values()) != list(range(known)):
             raise Unsupported(
@@ -259,25 +257,11 @@ class ChameleonImages(CaptionedImages):
         text = tokenizer(sentence + caption, add_special_tokens=False)["input_ids"]
         return [*begin, *text, self._token(_END_OF_TURN), *self._begin_image]
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """See `models.base.AutoregressiveImageModel.embed`."""
-        found: Tensor = self.module.get_input_embeddings()(tokens)
-        return found
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """See `models.base.AutoregressiveImageModel.head`; image tokens are not masked."""
-        logits: Tensor = self.module.lm_head(hidden).float()
-        return logits
-
     @property
     def codebook(self) -> Tensor:
         """See `models.base.AutoregressiveImageModel.codebook`."""
         table: Tensor = self._decoder.quantize.weight
         return table.detach().float()
-
-    def codes(self, tokens: Tensor) -> Tensor:
-        """See `models.base.AutoregressiveImageModel.codes`: row ends are none."""
-        return self._to_code.to(tokens.device)[tokens]
 
     def pixels(self, tokens: Tensor) -> npt.NDArray[np.uint8]:
         """See `models.base.AutoregressiveImageModel.pixels`."""

@@ -740,6 +740,22 @@ def class_labels(conditions: Sequence[Condition], classes: int, name: str) -> li
     return labels
 
 
+def captions_of(conditions: Sequence[Condition], name: str) -> tuple[str, ...]:
+    """Return conditions as captions.
+
+    Args:
+        conditions: What was asked for.
+        name: Of the model, for messages.
+
+    Raises:
+        Unsupported: One is a class id.
+    """
+    for condition in conditions:
+        if not isinstance(condition, str):
+            raise Unsupported(f"'{name}' takes captions, not class ids such as {condition}.")
+    return tuple(str(condition) for condition in conditions)
+
+
 def _facts(decoder: ImageDecoder, image_tokenizer: ImageTokenizer) -> ImageTokenFacts:
     config, weight = decoder.config, decoder.output.weight
     # A caption's projection is no matrix that a token of the image is multiplied with.

@@ -44,6 +44,7 @@ from models.image_generation import (
     AnywhereAnything,
     CountingSession,
     RasterLoop,
+    captions_of,
     generate_images,
 )
 
@@ -119,12 +120,7 @@ class CaptionedImages(OnDevice):
         self, conditions: Sequence[Condition], *, guided: bool, capacity: int, trace: Trace
     ) -> CaptionSession:
         """See `models.base.AutoregressiveImageModel.session`."""
-        for condition in conditions:
-            if not isinstance(condition, str):
-                raise Unsupported(
-                    f"'{self.name}' takes captions, not class ids such as {condition}."
-                )
-        captions = [str(condition) for condition in conditions]
+        captions = captions_of(conditions, self.name)
         prompts = [self.prompt(caption, conditional=True) for caption in captions]
         if guided:
             prompts += [self.prompt(caption, conditional=False) for caption in captions]
@@ -372,7 +368,31 @@ class RowEnds:
         return self._masks.to(places.device)[is_end.long()]
 
 
-class Emu3Images(CaptionedImages):
+class CodesAmongWords(CaptionedImages):
+    """Models whose image tokens are part of the vocabulary."""
+
+    def _number_codes(self, codes_by_token: Mapping[int, int], vocab_size: int) -> None:
+        """Remember the code of each token that is one."""
+        self._to_code = torch.full((vocab_size,), -1)
+        for token, code in codes_by_token.items():
+            self._to_code[token] = code
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See `models.base.AutoregressiveImageModel.embed`."""
+        found: Tensor = self.module.get_input_embeddings()(tokens)
+        return found
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See `models.base.AutoregressiveImageModel.head`."""
+        logits: Tensor = self.module.lm_head(hidden).float()
+        return logits
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """See `models.base.AutoregressiveImageModel.codes`: words and row ends are none."""
+        return self._to_code.to(tokens.device)[tokens]
+
+
+class Emu3Images(CodesAmongWords):
     """Emu3 (arXiv 2409.18869)."""
 
     def __init__(
@@ -398,9 +418,7 @@ class Emu3Images(CaptionedImages):
         mapping = module.vocabulary_mapping
         rows, columns = grid
         vocabulary = module.config.text_config.vocab_size
-        self._to_code = torch.full((vocabulary,), -1)
-        for token, code in mapping.bpe2img.items():
-            self._to_code[token] = code
+        self._number_codes(mapping.bpe2img, vocabulary)
         self.constraints = RowEnds(
             torch.tensor(mapping.image_tokens), mapping.eol_token_id, columns, vocabulary
         )
@@ -427,25 +445,11 @@ class Emu3Images(CaptionedImages):
         )
         return [*tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """See `models.base.AutoregressiveImageModel.embed`."""
-        found: Tensor = self.module.get_input_embeddings()(tokens)
-        return found
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """See `models.base.AutoregressiveImageModel.head`."""
-        logits: Tensor = self.module.lm_head(hidden).float()
-        return logits
-
     @property
     def codebook(self) -> Tensor:
         """See `models.base.AutoregressiveImageModel.codebook`."""
         table: Tensor = self.module.model.vqmodel.quantize.embedding.weight
         return table.detach().float()
-
-    def codes(self, tokens: Tensor) -> Tensor:
-        """See `models.base.AutoregressiveImageModel.codes`: row ends are none."""
-        return self._to_code.to(tokens.device)[tokens]
 
     def pixels(self, tokens: Tensor) -> npt.NDArray[np.uint8]:
         """See `models.base.AutoregressiveImageModel.pixels`."""

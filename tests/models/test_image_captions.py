@@ -25,6 +25,7 @@ from tests.models.tiny_captioned import (
     tiny_llamagen,
     tokenizer,
 )
+from tests.models.tiny_images import decoder_shapes
 
 CAPTIONS = ("a red dog", "sea")
 FLOAT32 = LoadSettings(device="cpu", dtype="float32")
@@ -70,24 +71,6 @@ def test_sessions_read_what_whole_sequences_without_padding_do(model: CaptionedL
         expected = sequence_logits(model, caption, tokens[row].tolist())
         torch.testing.assert_close(found[[row, row + 2]], expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found[0], found[1], atol=0.1)
-
-
-def test_windows_trees_and_crops_return_what_single_tokens_return(model: CaptionedLlamaGen) -> None:
-    tokens = torch.tensor(model.generate(CAPTIONS, [0, 1], ImageSampling(guidance_scale=2)).tokens)
-    single, wide, tree = (opened(model)[0] for _ in range(3))
-    expected = torch.cat([single.forward(tokens[:, n : n + 1]).logits for n in range(6)], 1)
-    wide.forward(tokens[:, 1:5])
-    wide.crop(0)
-    found = wide.forward(tokens[:, :6]).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    # Root, a wrong branch, and the image's own tokens on another.
-    window = torch.stack([tokens[:, 0], tokens[:, 4], tokens[:, 1], tokens[:, 2]], 1)
-    sees = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]).bool()
-    branched = tree.forward(window, torch.tensor([0, 1, 1, 2]), sees).logits
-    torch.testing.assert_close(branched[:, [0, 2, 3]], expected[:, :3], atol=1e-4, rtol=1e-4)
-    tree.keep(0, [0, 2, 3])
-    after = tree.forward(tokens[:, 3:4]).logits
-    torch.testing.assert_close(after, expected[:, 3:4], atol=1e-4, rtol=1e-4)
 
 
 def test_long_captions_are_cut_and_have_no_padding(model: CaptionedLlamaGen) -> None:
@@ -176,25 +159,11 @@ def test_released_files_and_an_encoder_become_a_folder(
 
 def test_the_released_decoder_of_captions_is_known_by_its_shapes() -> None:
     # GPT-XL: 36 layers of width 1280, 120 condition tokens of 2048 numbers.
-    width, inner = 1280, 3584
-    shapes = {
+    shapes = decoder_shapes(1280, 36, 3584) | {
         "cls_embedding.uncond_embedding": (120, 2048),
-        "cls_embedding.cap_proj.fc1.weight": (width, 2048),
-        "cls_embedding.cap_proj.fc2.weight": (width, width),
-        "tok_embeddings.weight": (16384, width),
-        "norm.weight": (width,),
-        "output.weight": (16384, width),
+        "cls_embedding.cap_proj.fc1.weight": (1280, 2048),
+        "cls_embedding.cap_proj.fc2.weight": (1280, 1280),
     }
-    for layer in range(36):
-        shapes |= {
-            f"layers.{layer}.attention.wqkv.weight": (3 * width, width),
-            f"layers.{layer}.attention.wo.weight": (width, width),
-            f"layers.{layer}.feed_forward.w1.weight": (inner, width),
-            f"layers.{layer}.feed_forward.w3.weight": (inner, width),
-            f"layers.{layer}.feed_forward.w2.weight": (width, inner),
-            f"layers.{layer}.attention_norm.weight": (width,),
-            f"layers.{layer}.ffn_norm.weight": (width,),
-        }
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     config = decoder_config(state, grid=32)
     assert (config.heads, config.classes, config.condition_tokens) == (20, 0, 120)

@@ -20,7 +20,7 @@ from models.image_loading import (
     tokenizer_config,
 )
 from models.loading import LoadSettings, ModelError, load
-from tests.models.tiny_images import DECODER, TOKENIZER, networks, save_image_model
+from tests.models.tiny_images import DECODER, TOKENIZER, decoder_shapes, networks, save_image_model
 
 FLOAT32 = LoadSettings(device="cpu", dtype="float32")
 
@@ -69,22 +69,8 @@ SIZES = [
 def test_every_released_decoder_is_known_by_its_shapes(
     width: int, layers: int, heads: int, inner: int
 ) -> None:
-    shapes = {
-        "cls_embedding.embedding_table.weight": (1001, width),
-        "tok_embeddings.weight": (16384, width),
-        "norm.weight": (width,),
-        "output.weight": (16384, width),
-    }
-    for layer in range(layers):
-        shapes |= {
-            f"layers.{layer}.attention.wqkv.weight": (3 * width, width),
-            f"layers.{layer}.attention.wo.weight": (width, width),
-            f"layers.{layer}.feed_forward.w1.weight": (inner, width),
-            f"layers.{layer}.feed_forward.w3.weight": (inner, width),
-            f"layers.{layer}.feed_forward.w2.weight": (width, inner),
-            f"layers.{layer}.attention_norm.weight": (width,),
-            f"layers.{layer}.ffn_norm.weight": (width,),
-        }
+    shapes = decoder_shapes(width, layers, inner)
+    shapes["cls_embedding.embedding_table.weight"] = (1001, width)
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     config = decoder_config(state)
     assert (config.heads, config.layers, config.grid, config.classes) == (heads, layers, 16, 1000)

@@ -14,11 +14,13 @@ from models.image_chameleon import ChameleonImages
 from models.image_transformers import CaptionedImages, Emu3Images, JanusImages
 from models.loading import LoadSettings, load
 from tests.models.tiny_captioned import (
+    CAPTIONED,
     CODES,
     GRID,
     LANGUAGE_MODELS,
     emu3,
     janus,
+    tiny_captioned,
     tiny_language_model,
     tokenizer,
 )
@@ -93,7 +95,9 @@ def test_plain_decoding_is_transformers_own_also_in_a_batch_of_unequal_captions(
     assert len(set(found.tokens)) == 2
 
 
-def test_windows_trees_and_crops_return_what_single_tokens_return(model: CaptionedImages) -> None:
+@pytest.mark.parametrize("kind", CAPTIONED)
+def test_windows_trees_and_crops_return_what_single_tokens_return(kind: str) -> None:
+    model = tiny_captioned(kind)
     tokens = torch.tensor(model.generate(CAPTIONS, [0, 1], ImageSampling(guidance_scale=2)).tokens)
 
     def opened() -> Any:

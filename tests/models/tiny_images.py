@@ -44,3 +44,23 @@ def save_image_model(folder: Path, seed: int = 0) -> str:
     config = {"model_type": "llamagen", "tokenizer": asdict(TOKENIZER), "target": asdict(DECODER)}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return f"path:{folder}"
+
+
+def decoder_shapes(width: int, layers: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a released LlamaGen decoder, all but those of its condition."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "tok_embeddings.weight": (16384, width),
+        "norm.weight": (width,),
+        "output.weight": (16384, width),
+    }
+    for layer in range(layers):
+        shapes |= {
+            f"layers.{layer}.attention.wqkv.weight": (3 * width, width),
+            f"layers.{layer}.attention.wo.weight": (width, width),
+            f"layers.{layer}.feed_forward.w1.weight": (inner, width),
+            f"layers.{layer}.feed_forward.w3.weight": (inner, width),
+            f"layers.{layer}.feed_forward.w2.weight": (width, inner),
+            f"layers.{layer}.attention_norm.weight": (width,),
+            f"layers.{layer}.ffn_norm.weight": (width,),
+        }
+    return shapes
