@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -40,6 +40,9 @@ from models.wrapper import Around
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+# Of a reading at a time: a gigabyte in float32. Whole images of tiny models take less.
+_MOST_LOGITS = 2**28
 
 # --------------------------------------------------------------------------- logits to tokens
 
@@ -370,31 +373,69 @@ class LoopedImages(Around):
         return generate_images(self._model, conditions, seeds, sampling, self._make_loop())
 
 
-def read_logits(
+def logits_in_parts(
     model: AutoregressiveImageModel,
     conditions: Sequence[Condition],
     tokens: Tensor,
     sampling: ImageSampling,
-) -> Tensor:
-    """Read whole images once more, in one forward.
+    *,
+    most: int = _MOST_LOGITS,
+) -> Iterator[tuple[int, Tensor]]:
+    """Read whole images once more, in as few forwards as their logits have room for.
 
     Args:
         model: The target.
         conditions: One an image.
         tokens: (images, image_tokens), int64.
         sampling: Its guidance alone matters.
+        most: Logits that there may be at a time.
 
-    Returns:
-        Logits after guidance of each token given those before it, (images, image_tokens, vocab).
+    Yields:
+        Parts of the images, each with its first place: logits after guidance of each token given
+        those before it, (images, places, vocab).
     """
-    count = model.facts.image_tokens
+    facts = model.facts
+    count = facts.image_tokens
     session = model.session(conditions, guided=sampling.is_guided, capacity=count, trace=Trace())
     pipeline = TokenPipeline(sampling=sampling, constraints=model.constraints)
     first = pipeline.merged(session.prefill())
-    if count == 1:
-        return first
-    others = session.forward(tokens[:, :-1].to(model.device))
-    return torch.cat([first, pipeline.merged(others)], dim=1)
+    branches = 2 if sampling.is_guided else 1
+    width = max(1, most // (branches * len(tokens) * facts.vocab_size))
+    for start in range(0, max(1, count - 1), width):
+        stop = min(start + width, count - 1)
+        parts = [first] if not start else []
+        if stop > start:
+            parts.append(pipeline.merged(session.forward(tokens[:, start:stop].to(model.device))))
+        yield start + 1 if start else 0, torch.cat(parts, dim=1)
+
+
+def laws_in_parts(
+    model: AutoregressiveImageModel,
+    conditions: Sequence[Condition],
+    tokens: Tensor,
+    sampling: ImageSampling,
+    *,
+    most: int = _MOST_LOGITS,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the distributions that tokens of whole images were drawn from, by their places.
+
+    Arguments as in `logits_in_parts`; the distributions are (images, places, vocab), float32.
+    """
+    pipeline = TokenPipeline(sampling=sampling, constraints=model.constraints)
+    for first, logits in logits_in_parts(model, conditions, tokens, sampling, most=most):
+        places = range(first, first + logits.shape[1])
+        yield slice(places.start, places.stop), pipeline.from_logits(logits, places)
+
+
+def read_logits(
+    model: AutoregressiveImageModel,
+    conditions: Sequence[Condition],
+    tokens: Tensor,
+    sampling: ImageSampling,
+) -> Tensor:
+    """Return all that `logits_in_parts` yields, (images, image_tokens, vocab)."""
+    parts = logits_in_parts(model, conditions, tokens, sampling)
+    return torch.cat([logits for _, logits in parts], dim=1)
 
 
 def read_tokens(
@@ -403,13 +444,10 @@ def read_tokens(
     tokens: Tensor,
     sampling: ImageSampling,
 ) -> Tensor:
-    """Return the distribution that each token of whole images was drawn from, by one forward.
-
-    Arguments as in `read_logits`; returns (images, image_tokens, vocab), float32.
-    """
-    pipeline = TokenPipeline(sampling=sampling, constraints=model.constraints)
-    logits = read_logits(model, conditions, tokens, sampling)
-    return pipeline.from_logits(logits, range(model.facts.image_tokens))
+    """Return all that `laws_in_parts` yields, (images, image_tokens, vocab), float32."""
+    return torch.cat(
+        [laws for _, laws in laws_in_parts(model, conditions, tokens, sampling)], dim=1
+    )
 
 
 # -------------------------------------------------------------------------------- the sessions

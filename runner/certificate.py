@@ -271,14 +271,16 @@ def centred_images(
     model: AutoregressiveImageModel, question: AskedImages, output_ids: Sequence[int]
 ) -> Centred:
     """Read an item's images once more and return their centred sums; see `centred`."""
-    from models.image_generation import read_tokens
+    from models.image_generation import laws_in_parts
 
     tokens = torch.tensor(output_ids, device=model.device)
     images = tokens.reshape(-1, model.facts.image_tokens)
-    laws = read_tokens(model, question.conditions, images, question.sampling)
-    # A token that cannot be drawn (outside top-k) is as good as impossible, but finite.
-    log_probabilities = laws.flatten(0, 1).double().clamp_min(_IMPOSSIBLE).log()
-    return _sums(log_probabilities, tokens)
+    sums = []
+    for places, laws in laws_in_parts(model, question.conditions, images, question.sampling):
+        # A token that cannot be drawn (outside top-k) is as good as impossible, but finite.
+        log_probabilities = laws.flatten(0, 1).double().clamp_min(_IMPOSSIBLE).log()
+        sums.append(_sums(log_probabilities, images[:, places].flatten()))
+    return Centred(*(sum(column) for column in zip(*sums, strict=True)))
 
 
 def reading(model: Any, question: Asked | AskedImages, output_ids: Sequence[int]) -> Centred:

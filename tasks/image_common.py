@@ -218,16 +218,21 @@ class ImageTask(Task[ImageGenerator]):
             return {name: [] for name in READINGS}
         import torch
 
-        from models.image_generation import read_tokens
+        from models.image_generation import laws_in_parts
 
         ids = torch.tensor(tokens)
         judged = ImageSampling(
             guidance_scale=self.guidance_scale, temperature=self.temperature or 1.0
         )
-        laws = read_tokens(model, item.fields[self.conditions_field], ids, judged).double()
-        likelihoods = laws.gather(-1, ids.to(laws.device)[..., None])[..., 0]
-        surprise = -likelihoods.clamp_min(torch.finfo(torch.float32).tiny).log().mean(dim=1)
-        entropy = torch.special.entr(laws).sum(dim=-1).mean(dim=1)
+        surprises, entropies = [], []
+        conditions = item.fields[self.conditions_field]
+        for places, found in laws_in_parts(model, conditions, ids, judged):
+            laws = found.double()
+            drawn = ids[:, places].to(laws.device)[..., None]
+            likelihoods = laws.gather(-1, drawn)[..., 0]
+            surprises.append(-likelihoods.clamp_min(torch.finfo(torch.float32).tiny).log())
+            entropies.append(torch.special.entr(laws).sum(dim=-1))
+        surprise, entropy = (torch.cat(parts, 1).mean(dim=1) for parts in (surprises, entropies))
         return {
             "nll": surprise.tolist(),
             "entropy": entropy.tolist(),

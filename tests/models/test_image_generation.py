@@ -32,6 +32,7 @@ from models.image_generation import (
     TokenPipeline,
     draw_tokens,
     generate_images,
+    laws_in_parts,
     read_tokens,
 )
 from runner.conformance_base import snapshot
@@ -295,6 +296,22 @@ def test_whole_images_are_read_as_the_network_itself_reads_them(
     logits = model.module.sequence_logits(torch.tensor(LABELS), images)
     found = read_tokens(model, LABELS, images, ImageSampling())
     torch.testing.assert_close(found, logits.softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("places", [1, 4, 15, 16, 40])
+def test_images_are_read_in_parts_as_they_are_at_once(
+    model: AutoregressiveImages, images: Tensor, places: int
+) -> None:
+    sampling = ImageSampling(guidance_scale=1.5)
+    whole = read_tokens(model, LABELS, images, sampling)
+    room = 2 * len(LABELS) * model.facts.vocab_size * places
+    parts = list(laws_in_parts(model, LABELS, images, sampling, most=room + 1))
+    assert [place for part, _ in parts for place in range(16)[part]] == list(range(16))
+    # The law of the first token comes from the condition and takes no forward.
+    assert max(laws.shape[1] for _, laws in parts[1:] or parts) <= places + (len(parts) == 1)
+    assert len(parts) == -(-15 // places)
+    found = torch.cat([laws for _, laws in parts], dim=1)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-5)
 
 
 def test_an_image_does_not_depend_on_those_beside_it(model: AutoregressiveImages) -> None:
