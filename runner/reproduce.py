@@ -104,13 +104,14 @@ def requests(
             and task.
     """
     suite = load_suite(DEFAULT_SUITE, registry)
+    limit = options.get("limit")
     wanted: dict[tuple[str, str], dict[str, None]] = {}
     for name, check in _checks(registry, names, model):
         params = check.params if model is None else check.paper_params or check.params
         sides = [(name, params)]
         if check.rival and registry.find("method", check.rival).status == "ready":
             sides.append((check.rival, check.rival_params))
-        task = _task_spec(registry, check, suite if model is None else None)
+        task = _task_spec(registry, check, suite if model is None else None, limit)
         _require_metric(registry, task, check.metric)
         specs = wanted.setdefault((task, model or check.model), {})
         for each, settings in sides:
@@ -155,8 +156,8 @@ def apart(
         for name, check in _checks(registry, names):
             if not check.rival or measurements.find(name, vars(check), "embedded") is not None:
                 continue
-            task = _task_spec(registry, check, suite)
             for place, request in enumerate(asked):
+                task = _task_spec(registry, check, suite, request.limit)
                 if task in request.tasks and check.model in request.models:
                     again[place] = replace(request, fresh=True)
     return list(again.values())
@@ -194,30 +195,31 @@ def _claims(registry: Registry, name: str) -> Sequence[Claim]:
     return card.claims if card is not None else ()
 
 
-def _task_spec(registry: Registry, check: Check, suite: Suite | None) -> str:
+def _task_spec(
+    registry: Registry, check: Check, suite: Suite | None, limit: int | None = None
+) -> str:
     """Return the task of a check's measurement as `name[:key=value,…]`.
 
     Settings that the check leaves open are those of the suite's first form of the task: a small
-    machine's length of text, say. Without a suite the measurement is at the paper's scale.
+    machine's length of text, say. Without a suite the measurement is at the paper's scale. Where
+    more items are asked for than the settings make, the task gets room for them.
 
     Raises:
         UsageError: The task has no such setting, or not with such a value.
     """
     name, params = task_settings(vars(check), "embedded" if suite else "paper")
     form = suite and _form(suite, name)
-    if not params:
-        return form or name
     what = f"task_params of a check on {name!r}"
     cls = registry.load_task(name)
-    asked = from_table(cls, dict(params), what)
-    if not form:
-        return format_spec(asked, name)
     try:
-        base = build(cls, parse_spec(form).params, f"task {form!r}")
+        base = build(cls, parse_spec(form or name).params, f"task {form or name!r}")
+        asked = from_table(cls, dict(params), what) if params else base
         task = replace(base, **{key: getattr(asked, key) for key in params})
     except ValueError as error:
         raise UsageError(f"{what}: {error}") from error
-    return form if task == base else format_spec(task, name)
+    if limit is not None:
+        task = task.with_room_for(limit)
+    return form if form and task == base else format_spec(task, name)
 
 
 def _require_metric(registry: Registry, task: str, metric: str) -> None:

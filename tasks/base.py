@@ -199,6 +199,13 @@ class Task(ABC, Generic[Capability]):
         """
         return self
 
+    def with_room_for(self, items: int) -> Self:
+        """Return the task with at least so many items; the same one where data have an end.
+
+        A task that makes its items, as many as its settings say, returns another one.
+        """
+        return self
+
     def conditions(self) -> dict[str, str]:
         """Return what of the machine a score depends on, for the record (`sandbox`: its level).
 

@@ -154,6 +154,10 @@ class ImageTask(Task[ImageGenerator]):
         """Return the task of fewer images: their number is in the names of its metrics."""
         return replace(self, images=min(self.images, items * self.batch))
 
+    def with_room_for(self, items: int) -> Self:
+        """Return the task of at least so many batches."""
+        return replace(self, images=max(self.images, items * self.batch))
+
     def items(self) -> Iterator[Item]:
         """Yield batches; image n is of class n modulo the classes, whatever the batch."""
         for first in range(0, self.images, self.batch):

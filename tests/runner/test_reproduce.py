@@ -236,6 +236,21 @@ def test_the_papers_model_takes_the_place_of_ours_and_all_items():
         list(reproduce.requests(REGISTRY, ["token-recycling"], model="hf:gpt2"))
 
 
+def test_a_task_that_makes_its_items_makes_as_many_as_are_asked_for():
+    def specs(names: list[str], limit: int | None) -> set[str]:
+        return {
+            task
+            for request in reproduce.requests(REGISTRY, names, limit=limit)
+            for task in request.tasks
+        }
+
+    few, many = specs(["sjd"], 50), specs(["sjd"], 300)
+    assert not any("images=" in spec for spec in few)
+    assert many == {spec + (":" if ":" not in spec else ",") + "images=300" for spec in few}
+    # Data that have an end stay as they are.
+    assert specs(["token-recycling"], 10**6) == specs(["token-recycling"], None)
+
+
 def test_planned_methods_need_nothing_measured():
     assert list(reproduce.requests(REGISTRY, ["nar"])) == []
 
