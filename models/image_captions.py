@@ -42,12 +42,12 @@ class Captions(NamedTuple):
     Attributes:
         texts: The captions.
         features: (captions, tokens, size), 0 where padding is.
-        hidden: True where it is, (captions, tokens).
+        padding: True where it is, (captions, tokens).
     """
 
     texts: tuple[str, ...]
     features: Tensor
-    hidden: Tensor
+    padding: Tensor
 
 
 class CaptionEncoder:
@@ -88,8 +88,8 @@ class CaptionEncoder:
         # Padding comes first, so that the last condition token is the caption's end.
         order = seen.int().argsort(dim=1, stable=True)
         moved = features.gather(1, order[..., None].expand_as(features))
-        hidden = ~seen.gather(1, order)
-        return Captions(tuple(captions), moved.masked_fill(hidden[..., None], 0.0), hidden)
+        padding = ~seen.gather(1, order)
+        return Captions(tuple(captions), moved.masked_fill(padding[..., None], 0.0), padding)
 
 
 def plain(caption: str) -> str:
@@ -149,17 +149,8 @@ class CaptionedLlamaGen(AutoregressiveImages):
             if guided:
                 nothing = self.module.embed_captions(self.module.no_caption)
                 embedded = torch.cat([embedded, nothing.expand_as(embedded)])
-        return DecoderSession(
-            self.module,
-            self.facts,
-            embedded,
-            hidden=captions.hidden.repeat(2 if guided else 1, 1),
-            rows=len(conditions),
-            guided=guided,
-            capacity=capacity,
-            trace=trace,
-            synchronize=self.synchronize,
-        )
+        padding = captions.padding.repeat(2 if guided else 1, 1)
+        return self._open(embedded, padding=padding, guided=guided, capacity=capacity, trace=trace)
 
     def with_decoder(self, decoder: ImageDecoder, name: str) -> CaptionedLlamaGen:
         """Return a draft that reads the captions which this model has read last."""

@@ -13,7 +13,8 @@ built of transformers' blocks. Its weights are looked for in the model's folder,
     python -m models.image_chameleon --vqgan vqgan.ckpt --folder FOLDER \
         --layout lumina-mgpt --grid 48
 
-writes the first, and `vqgan.json` with the layout of an image's tokens:
+writes the first, and `vqgan.json` with the layout of an image's tokens; without `--vqgan`, where
+there is a decoder already, the layout alone:
 
 | layout | in front of the codes, where B is begin-of-image |
 |---|---|
@@ -50,7 +51,7 @@ from torch import Tensor, nn
 
 from models.base import PositionConstraints, Unsupported
 from models.embedded.tiny_ar_image.model import to_bytes
-from models.image_loading import read_pickled_weights
+from models.image_loading import check_names, read_pickled_weights
 from models.image_transformers import CodesAmongWords, OnlyCodes, RowEnds
 
 if TYPE_CHECKING:
@@ -146,15 +147,7 @@ class CodesToPixels(nn.Module):
         levels = len(config.channel_multiplier)
         self.factor: int = 2 ** (levels - 1)
         own = {_own_name(name, levels): value for name, value in state.items()}
-        expected = self.state_dict()
-        if wrong := sorted(own.keys() ^ expected.keys()):
-            raise ValueError(f"{wrong[0]} is not a weight of both the decoder and its file.")
-        for name, value in own.items():
-            if value.shape != expected[name].shape:
-                raise ValueError(
-                    f"{name} is {tuple(value.shape)} in the file, {tuple(expected[name].shape)} "
-                    f"was expected."
-                )
+        check_names("decoder of codes", own, self.state_dict())
         self.load_state_dict({name: value.float() for name, value in own.items()})
         self.eval().requires_grad_(False)
 
@@ -214,7 +207,7 @@ class ChameleonImages(CodesAmongWords):
         super().__init__(module, tokenizer, name)
         mapping = module.model.vocabulary_mapping
         vocabulary = module.config.vocab_size
-        self._layout, self._decoder = layout, decoder
+        self._layout, self._decoder = layout, decoder.to(self.device)
         self._number_codes(mapping.bpe2img, vocabulary)
         known = len(decoder.quantize.weight)
         if sorted(mapping.bpe2img.values()) != list(range(known)):
@@ -267,7 +260,7 @@ class ChameleonImages(CodesAmongWords):
         """See `models.base.AutoregressiveImageModel.pixels`."""
         rows, columns = self.facts.grid
         codes = self.codes(tokens).view(len(tokens), rows, -1)[:, :, :columns]
-        images = self._decoder(codes.to(self._decoder.quantize.weight.device))
+        images = self._decoder(codes.to(self.device))
         found: npt.NDArray[np.uint8] = (
             to_bytes(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()
         )
@@ -310,8 +303,8 @@ def _read_layout(folder: Path, config: Mapping[str, Any]) -> Layout:
     if any("XLLMX" in name for name in config.get("architectures") or ()):
         raise Unsupported(
             f"{folder} has the row ends of Lumina-mGPT, and no {LAYOUT} says how many rows its "
-            f"images have; `python -m models.image_chameleon --layout lumina-mgpt --grid 48` "
-            f"writes it for images of 768 pixels."
+            f"images have; `python -m models.image_chameleon --folder {folder} --layout "
+            f"lumina-mgpt --grid 48` writes it for images of 768 pixels."
         )
     return Layout()
 
@@ -346,29 +339,35 @@ def _decoder_weights(files: Sequence[Path], prefix: str) -> dict[str, Tensor]:
     return found
 
 
-def convert_vqgan(vqgan: Path, folder: Path, layout: Layout) -> None:
+def convert_vqgan(vqgan: Path | None, folder: Path, layout: Layout) -> None:
     """Write the decoder of a released tokenizer and a layout into a model's folder.
 
     Args:
-        vqgan: `vqgan.ckpt`, a pickle of which nothing but tensors and numbers is read.
+        vqgan: `vqgan.ckpt`, a pickle of which nothing but tensors and numbers is read; None where
+            the folder has a decoder already.
         folder: Of the model.
         layout: Of an image's tokens.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: The file holds something else, or the folder is no model's.
+        pickle.UnpicklingError: The file holds something that would have to be executed.
+        Unsupported: Without a file, the folder has no decoder.
         OSError: A file cannot be read or written.
     """
-    state = {
-        name: value.contiguous()
-        for name, value in read_pickled_weights(vqgan).items()
-        if name.startswith(_NEEDED)
-    }
-    if "quantize.embedding.weight" not in state or "decoder.conv_in.weight" not in state:
-        raise ValueError(f"{vqgan} is no VQGAN: it lacks a decoder or a table of codes.")
-    CodesToPixels(state)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model's folder: it has no config.json.")
-    save_file(state, folder / WEIGHTS)
+    if vqgan is None:
+        read_decoder(folder)
+    else:
+        state = {
+            name: value.contiguous()
+            for name, value in read_pickled_weights(vqgan).items()
+            if name.startswith(_NEEDED)
+        }
+        if "quantize.embedding.weight" not in state or "decoder.conv_in.weight" not in state:
+            raise ValueError(f"{vqgan} is no VQGAN: it lacks a decoder or a table of codes.")
+        CodesToPixels(state)
+        save_file(state, folder / WEIGHTS)
     text = json.dumps(asdict(layout), indent=2) + "\n"
     (folder / LAYOUT).write_text(text, encoding="utf-8")
 
@@ -378,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Add the way from codes to pixels to a Chameleon model's folder."
     )
-    parser.add_argument("--vqgan", type=Path, required=True, help="the released vqgan.ckpt")
+    parser.add_argument("--vqgan", type=Path, help="the released vqgan.ckpt")
     parser.add_argument("--folder", type=Path, required=True, help="folder of the model")
     parser.add_argument("--layout", choices=("anole", "lumina-mgpt"), default="anole")
     parser.add_argument(
@@ -388,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         layout = Layout(layout=given.layout, rows=given.grid, columns=given.grid)
         convert_vqgan(given.vqgan, given.folder, layout)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError, Unsupported) as error:
         parser.error(str(error))
 
 

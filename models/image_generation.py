@@ -398,15 +398,12 @@ def logits_in_parts(
     count = facts.image_tokens
     session = model.session(conditions, guided=sampling.is_guided, capacity=count, trace=Trace())
     pipeline = TokenPipeline(sampling=sampling, constraints=model.constraints)
-    first = pipeline.merged(session.prefill())
+    yield 0, pipeline.merged(session.prefill())
     branches = 2 if sampling.is_guided else 1
     width = max(1, most // (branches * len(tokens) * facts.vocab_size))
-    for start in range(0, max(1, count - 1), width):
-        stop = min(start + width, count - 1)
-        parts = [first] if not start else []
-        if stop > start:
-            parts.append(pipeline.merged(session.forward(tokens[:, start:stop].to(model.device))))
-        yield start + 1 if start else 0, torch.cat(parts, dim=1)
+    for start in range(0, count - 1, width):
+        read = tokens[:, start : min(start + width, count - 1)]
+        yield start + 1, pipeline.merged(session.forward(read.to(model.device)))
 
 
 def laws_in_parts(
@@ -584,7 +581,7 @@ class DecoderSession(CountingSession):
         facts: ImageTokenFacts,
         condition: Tensor,
         *,
-        hidden: Tensor | None = None,
+        padding: Tensor | None = None,
         rows: int,
         guided: bool,
         capacity: int,
@@ -598,7 +595,7 @@ class DecoderSession(CountingSession):
             facts: Its sizes.
             condition: Embedded, of the conditional rows and then of the others if there are any,
                 (branches * rows, condition tokens, width).
-            hidden: True where a condition token is padding that nobody sees, (branches * rows,
+            padding: True where a condition token is padding that nobody sees, (branches * rows,
                 condition tokens); None where none is.
             rows: Images.
             guided, capacity, trace, synchronize: See `CountingSession`.
@@ -613,7 +610,7 @@ class DecoderSession(CountingSession):
         )
         self._network = network
         self._condition = condition
-        self._visible = None if hidden is None or not bool(hidden.any()) else ~hidden
+        self._visible = None if padding is None or not bool(padding.any()) else ~padding
         self._cache = KVCache(
             network.config,
             len(condition),
@@ -714,11 +711,24 @@ class AutoregressiveImages(OnDevice):
             labels = torch.cat([labels, torch.full_like(labels, self.module.null_class)])
         with torch.no_grad():
             condition = self.module.embed_classes(labels)
+        return self._open(condition, guided=guided, capacity=capacity, trace=trace)
+
+    def _open(
+        self,
+        condition: Tensor,
+        *,
+        padding: Tensor | None = None,
+        guided: bool,
+        capacity: int,
+        trace: Trace,
+    ) -> DecoderSession:
+        """Open a session behind an embedded condition; arguments as of `DecoderSession`."""
         return DecoderSession(
             self.module,
             self.facts,
             condition,
-            rows=len(conditions),
+            padding=padding,
+            rows=len(condition) // (2 if guided else 1),
             guided=guided,
             capacity=capacity,
             trace=trace,

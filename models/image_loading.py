@@ -210,7 +210,7 @@ def convert_llamagen(
             "tokenizer": ImageTokenizer(tokenizer_sizes).state_dict(),
         }
     for part, state in states.items():
-        _check_names(part, state, expected[part])
+        check_names(part, state, expected[part])
     out.mkdir(parents=True, exist_ok=True)
     for part, state in states.items():
         tensors = {name: value.contiguous() for name, value in state.items()}
@@ -224,7 +224,16 @@ def convert_llamagen(
 
 
 def read_pickled_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a pickled file, of which nothing but tensors and numbers is read."""
+    """Return the weights of a pickled file, of which nothing but tensors and numbers is read.
+
+    Args:
+        path: Weights by name, alone or under `model`, `module` or `state_dict`.
+
+    Raises:
+        ValueError: It holds no weights by name.
+        pickle.UnpicklingError: It holds something that would have to be executed.
+        OSError: It cannot be read.
+    """
     # Some released files keep the arguments of the training beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -237,7 +246,17 @@ def read_pickled_weights(path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def _check_names(part: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_names(part: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse a file's weights that are not a network's.
+
+    Args:
+        part: What the network is, for the message.
+        state: Of the file, by name.
+        expected: Of the network, by name; shapes alone matter.
+
+    Raises:
+        ValueError: Names or shapes differ; says which.
+    """
     wrong = sorted(state.keys() ^ expected.keys())
     if wrong:
         raise ValueError(

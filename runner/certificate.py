@@ -198,7 +198,7 @@ def _image_divergence(
     method: Sequence[int],
 ) -> dict[str, Any] | None:
     """Compare the images of one item; as `divergence`, with the logits after guidance."""
-    from models.image_generation import read_logits
+    from models.image_generation import logits_in_parts
 
     shared = _first_difference(baseline, method)
     if shared is None:
@@ -209,7 +209,12 @@ def _image_divergence(
     first = row * model.facts.image_tokens
     image = torch.tensor([baseline[first : first + model.facts.image_tokens]])
     condition = question.conditions[row : row + 1]
-    logits = read_logits(model, condition, image, question.sampling)[0, place]
+    # What comes behind the place is not read.
+    logits = next(
+        logits[0, place - first]
+        for first, logits in logits_in_parts(model, condition, image, question.sampling)
+        if place < first + logits.shape[1]
+    )
     return _verdict(shared, method[shared], baseline[shared], logits, model.facts.dtype)
 
 

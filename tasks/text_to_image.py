@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ class TextToImage(ImageTask):
                 f"{self._clip} holds no CLIP, of which config.json, tokenizer, "
                 f"preprocessor_config.json and *.safetensors are wanted; clip=none goes without."
             )
-        clip = _weights_hash(self._clip) if self._is_scored else _NO_CLIP
+        clip = _clip_hash(self._clip) if self._is_scored else _NO_CLIP
         return {"prompts": file_hash(self._prompts), "clip": clip}
 
     def wanted(self, numbers: Sequence[int]) -> list[Condition]:
@@ -132,7 +131,7 @@ class TextToImage(ImageTask):
 
     @property
     def _name(self) -> str:
-        found = _weights_hash(self._clip)[:8] if _holds_clip(self._clip) else "missing"
+        found = _clip_hash(self._clip)[:8] if _holds_clip(self._clip) else "missing"
         return f"clip_score[clip@{found}]"
 
 
@@ -144,11 +143,10 @@ def _holds_clip(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        digest.update(f"{path.name}\0{file_hash(path)}\0".encode())
-    return digest.hexdigest()
+def _clip_hash(folder: Path) -> str:
+    from models.loading import LoadSettings, weights_hash
+
+    return weights_hash(f"path:{folder}", LoadSettings())
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -187,7 +185,7 @@ def _read_prompts(path: Path, digest: str) -> tuple[str, ...]:
 
 
 def clip_scores(folder: Path, pixels: Pixels, captions: Sequence[str]) -> Floats:
-    """Return 100 times the cosine of each picture and its caption, at least 0.
+    """Return 100 times the cosine of each picture and its caption, at least 0, by the processor.
 
     Args:
         folder: Of the CLIP.

@@ -103,9 +103,8 @@ def own_layers(target: AutoregressiveImageModel, layers: str) -> AutoregressiveI
     shallow.load_state_dict(decoder.state_dict(), strict=False, assign=True)
     shallow.rotation = decoder.rotation
     shallow.eval().requires_grad_(False)
-    with_decoder = getattr(target, "with_decoder")  # noqa: B009  # of the LlamaGen class
-    found: AutoregressiveImages = with_decoder(shallow, f"{target.name}:layers:{layers}")
-    return found
+    of_its_class = cast("AutoregressiveImages", target)  # by its decoder
+    return of_its_class.with_decoder(shallow, f"{target.name}:layers:{layers}")
 
 
 def decoder_of(model: AutoregressiveImageModel, what: str) -> ImageDecoder:

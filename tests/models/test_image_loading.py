@@ -20,7 +20,14 @@ from models.image_loading import (
     tokenizer_config,
 )
 from models.loading import LoadSettings, ModelError, load
-from tests.models.tiny_images import DECODER, TOKENIZER, decoder_shapes, networks, save_image_model
+from tests.models.tiny_images import (
+    DECODER,
+    TOKENIZER,
+    Harmful,
+    decoder_shapes,
+    networks,
+    save_image_model,
+)
 
 FLOAT32 = LoadSettings(device="cpu", dtype="float32")
 
@@ -117,13 +124,6 @@ def test_files_that_are_no_llamagen_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights by name"):
         convert_llamagen(tmp_path / "list.pt", tmp_path / "list.pt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-class Harmful:
-    """What a pickle could hold besides weights."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (print, ("run",))
 
 
 def test_a_pickle_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
