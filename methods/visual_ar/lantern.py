@@ -14,6 +14,8 @@ unless told otherwise (`naive_extend_57`), `chain` one branch; their drafts are 
 images are.
 Choices of ours: greedy images judge p at temperature 1 without top-k or top-p, as that code does;
 images of a batch are drawn one after the other, as a tree's path is one for all rows of a cache.
+Behind a caption the drafter reads the feature of the condition's last token alone, as behind a
+class; the released drafter of captions, which reads all of them, is not loaded here.
 """
 
 from __future__ import annotations
